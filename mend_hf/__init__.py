@@ -1,0 +1,54 @@
+"""Few-shot prompting without paying for the shots: demonstrations distilled into a prefix for a frozen model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mend_hf.artifact import DistilledDemonstrations
+    from mend_hf.auto import AutoMendModel, get_mend_model
+    from mend_hf.config import MendConfig
+    from mend_hf.data.collator import MendCollator
+    from mend_hf.demonstrations import Demonstration
+    from mend_hf.model import MendModel
+    from mend_hf.trainer import MendTrainer
+    from mend_hf.training_args import MendTrainingArguments
+
+_MODULE_OF = {
+    "AutoMendModel": "auto",
+    "Demonstration": "demonstrations",
+    "DistilledDemonstrations": "artifact",
+    "MendCollator": "data.collator",
+    "MendConfig": "config",
+    "MendModel": "model",
+    "MendTrainer": "trainer",
+    "MendTrainingArguments": "training_args",
+    "get_mend_model": "auto",
+}
+
+__all__ = [
+    "AutoMendModel",
+    "Demonstration",
+    "DistilledDemonstrations",
+    "MendCollator",
+    "MendConfig",
+    "MendModel",
+    "MendTrainer",
+    "MendTrainingArguments",
+    "__version__",
+    "get_mend_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import mend_hf` costs next to nothing."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

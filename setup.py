@@ -1,0 +1,73 @@
+"""Installs mend_hf; the settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Return `__version__` without importing the package, which would need torch."""
+    text = (ROOT / "mend_hf" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('Expected a line __version__ = "..." in mend_hf/__init__.py, found none: write one.')
+    return match.group(1)
+
+
+def read_long_description() -> str:
+    """Return the README, or nothing where a build leaves it out."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+EXTRAS = {
+    "data": ["datasets", "pyarrow", "zstandard"],
+    "gguf": ["gguf"],
+    "docs": ["sphinx", "myst-parser", "furo"],
+}
+EXTRAS["eval"] = ["evaluate", "scikit-learn", *EXTRAS["data"]]
+EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]
+EXTRAS["dev"] = sorted(
+    {"pytest", "ruff", "mypy", "pre-commit", *(name for names in EXTRAS.values() for name in names)}
+)
+
+setup(
+    name="mend_hf",
+    version=read_version(),
+    description="Few-shot prompting without paying for the shots: demonstrations distilled for a frozen model",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["mend_hf", "mend_hf.*"]),
+    package_data={"mend_hf": ["py.typed", "model_card.md", "data/partitions/*.json"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "huggingface-hub",
+        "jinja2",
+        "peft>=0.21,<1",
+        "rich",
+        "safetensors",
+        "torch>=2.6",
+        "transformers>=5.10,<6",
+        "typer",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mend = mend_hf.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

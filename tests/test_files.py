@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from mend_hf.errors import CheckpointError
+from mend_hf.files import check_output_folder, read_tensors, write_folder
+
+
+def test_a_failing_save_leaves_the_old_files(tmp_path):
+    (tmp_path / "a").write_text("old")
+
+    def save():
+        with write_folder(tmp_path) as folder:
+            (folder / "a").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_save_replaces_its_files_and_keeps_others(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b").write_text("kept")
+    with write_folder(tmp_path) as folder:
+        (folder / "a").write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "kept"}
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="give another path"):
+        check_output_folder(tmp_path / "file" / "folder")
+
+
+def test_a_cut_off_tensor_file_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x10\x00\x00")
+    with pytest.raises(CheckpointError, match="fetch it again"):
+        read_tensors(tmp_path / "x.safetensors")
