@@ -1,0 +1,104 @@
+"""What a base model must offer, and the few facts about it that transformers does not state in one place.
+
+The only file that looks at model types.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mend_hf.errors import ShapeError, UnsupportedModelError
+
+
+def check_base_model(base_model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]:
+    """Return PEFT's task type of a base model that can read a prefix.
+
+    Raises:
+        UnsupportedModelError: It is no transformers model, or its forward pass takes no embeddings or no cache.
+    """
+    if not isinstance(base_model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Expected a transformers model such as AutoModelForCausalLM gives, got {type(base_model).__name__}. "
+            "Load the base model first and wrap that."
+        )
+    if base_model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"Expected a decoder-only base model, got the encoder-decoder {base_model.config.model_type!r}: this "
+            "version cannot put a prefix in front of an encoder yet. Use a causal language model."
+        )
+    if not base_model.can_generate():
+        raise UnsupportedModelError(
+            f"Expected a model with a language-model head, got {type(base_model).__name__}. "
+            "Load it through AutoModelForCausalLM."
+        )
+    missing = [name for name in ("inputs_embeds", "past_key_values", "position_ids") if not accepts(base_model, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"Expected a base model whose forward pass takes inputs_embeds, past_key_values and position_ids; "
+            f"{type(base_model).__name__} lacks {', '.join(missing)}. Use an attention model with explicit positions."
+        )
+    return "CAUSAL_LM"
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Return whether the forward pass of a model has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def get_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part that turns tokens into hidden states: no language-model head, and of T5 or BART the encoder."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    return model.base_model
+
+
+def get_embedding_width(model: PreTrainedModel) -> int:
+    """Return E, the width of what goes in as `inputs_embeds` (OPT-350M: not the hidden width)."""
+    return model.get_input_embeddings().weight.shape[1]
+
+
+def get_max_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a learned position table holds; None where positions are computed (rotary, ALiBi)."""
+    if model.config.model_type in ("gpt2", "opt", "gpt_bigcode", "codegen", "gptj", "ctrl", "xglm", "biogpt"):
+        return model.config.max_position_embeddings
+    return None
+
+
+def get_sliding_window(model: PreTrainedModel) -> int | None:
+    """Return how far back a layer with sliding-window attention looks, in tokens; None where no layer has one."""
+    config = model.config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def check_positions(model: PreTrainedModel, attention_mask: Tensor, num_before: int, num_slots: int) -> None:
+    """Refuse a query that would be answered wrongly behind a prefix.
+
+    Args:
+        model: The base model.
+        attention_mask (B, T): Of the query.
+        num_before: The query's first position.
+        num_slots: Prefix slots in front of the query.
+
+    Raises:
+        ShapeError: A learned position table has no room for the query, or padding between prefix and query would push
+            the prefix out of a sliding window.
+    """
+    limit, window, num_tokens = get_max_positions(model), get_sliding_window(model), attention_mask.shape[1]
+    if limit is not None and num_before + num_tokens > limit:
+        raise ShapeError(
+            f"Expected demonstrations and query to fit the base model's {limit} positions, got a query of "
+            f"{num_tokens} tokens from position {num_before} on: use fewer demonstrations or a shorter query."
+        )
+    if window is not None and num_slots + num_tokens > window and not attention_mask[:, 0].all():
+        raise ShapeError(
+            f"Expected queries of one length behind a prefix of {num_slots} slots, because padding would use up the "
+            f"base model's sliding window of {window} tokens, got a batch padded on the left to {num_tokens} tokens: "
+            "ask rows of different lengths one by one."
+        )

@@ -1,0 +1,62 @@
+"""Ways to a MendModel: around a base model at hand, or together with the base model that a distiller names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mend_hf.config import MendConfig
+from mend_hf.errors import CheckpointError
+from mend_hf.model import MendModel
+
+
+def get_mend_model(
+    base_model: PreTrainedModel, config: MendConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> MendModel:
+    """Wrap a base model with a new, untrained distiller.
+
+    Args:
+        base_model: Frozen from here on; a shared distiller puts its LoRA matrices into it, switched off.
+        config: Fields that can be read off the base model are filled in.
+        tokenizer: The base model's; None: looked up under the base model's name when text comes in.
+
+    Raises:
+        UnsupportedModelError: The base model cannot read a prefix.
+        CheckpointError: `config` was made for another base model.
+    """
+    return MendModel(base_model, config, tokenizer)
+
+
+class AutoMendModel:
+    """Loads a distiller together with the base model that its config names."""
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | Path,
+        *,
+        hub: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **base_model_kwargs: Any,
+    ) -> MendModel:
+        """Return a saved distiller on its base model.
+
+        Args:
+            name_or_path: A folder that `save_pretrained` wrote, or a Hub id.
+            hub: `revision`, `token`, `subfolder` ... for the distiller.
+            tokenizer: The base model's; None: looked up under the base model's name.
+            **base_model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, ...
+
+        Raises:
+            CheckpointError: The distiller is missing, damaged, or does not name its base model.
+        """
+        config = MendConfig.from_pretrained(name_or_path, **(hub or {}))
+        if config.base_model_name_or_path is None:
+            raise CheckpointError(
+                f"Expected {name_or_path} to name its base model, got none: load the base model yourself and use "
+                "MendModel.from_pretrained(base_model, ...)."
+            )
+        base_model_kwargs.setdefault("revision", config.base_model_revision or "main")
+        base_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **base_model_kwargs)
+        return MendModel.from_pretrained(base_model, name_or_path, tokenizer, config=config, **(hub or {}))

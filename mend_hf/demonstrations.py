@@ -1,0 +1,313 @@
+"""Demonstrations as users write them, and as token ids with their anchors: prompt format, truncation, chunking."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+
+from mend_hf.config import MendConfig
+from mend_hf.errors import ConfigError, DataError
+from mend_hf.fingerprint import hash_json
+
+_SENTENCE_END = re.compile(r"[.!?。！？][\"')\]”’]*\s*$|\n")  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One worked example of a task.
+
+    Attributes:
+        input: What is asked.
+        output: What should be answered; None: `input` is plain text that stands for itself.
+    """
+
+    input: str
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """Demonstrations that the distiller reads at once.
+
+    Attributes:
+        input_ids: D token ids.
+        anchor_positions: Ascending indices into `input_ids`.
+    """
+
+    input_ids: list[int]
+    anchor_positions: list[int]
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """All demonstrations of one task as token ids.
+
+    Attributes:
+        chunks: One under `truncate`, otherwise as many as the distiller's window asks for.
+        num_demonstrations: How many demonstrations were kept, at least in part.
+        num_tokens: Tokens that the distiller reads.
+        num_lost_tokens: Tokens that were cut away to hold the budgets.
+        text_hash: Hash of all that was given, in order.
+    """
+
+    chunks: list[EncodedChunk]
+    num_demonstrations: int
+    num_tokens: int
+    num_lost_tokens: int
+    text_hash: str
+
+    @classmethod
+    def from_ids(cls, input_ids: list[int]) -> EncodedTask:
+        """Take token ids as they are: plain text of one piece, without anchors."""
+        return cls([EncodedChunk(input_ids, [])], 1, len(input_ids), 0, hash_json(input_ids))
+
+
+def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]], bool]:
+    """Bring every accepted way to write demonstrations into one.
+
+    Args:
+        demonstrations: One task: a list whose items are (input, output) tuples, {"input", "output"} mappings, strings
+            (plain text) or `Demonstration`s. Or a batch of tasks: a list of such lists.
+
+    Returns:
+        One list of demonstrations a task, and whether a batch of tasks was given.
+
+    Raises:
+        DataError: There are none, or one is not of these forms; the message names its place.
+    """
+    if isinstance(demonstrations, str | Mapping | Demonstration) or not isinstance(demonstrations, Sequence):
+        raise DataError(
+            'Expected a list of demonstrations such as [("great film", "positive")], '
+            f"got {type(demonstrations).__name__}: put the demonstrations into a list."
+        )
+    is_batch = bool(demonstrations) and all(isinstance(item, list) for item in demonstrations)
+    tasks = demonstrations if is_batch else [demonstrations]
+    parsed = []
+    for task_index, task in enumerate(tasks):
+        where = f"task {task_index}, " if is_batch else ""
+        if not task:
+            raise DataError(
+                f"Expected at least one demonstration, got none ({where or 'an empty list'}): give one or more."
+            )
+        if is_batch and len(task) == 2 and all(isinstance(item, str) for item in task):
+            raise DataError(
+                f"{where}{task!r} is either one (input, output) pair or a task of two plain texts: "
+                "write pairs as tuples or as {'input': ..., 'output': ...}."
+            )
+        parsed.append([_parse_one(item, f"{where}demonstration {index}") for index, item in enumerate(task)])
+    return parsed, is_batch
+
+
+def _parse_one(item: Any, where: str) -> Demonstration:
+    if isinstance(item, Demonstration):
+        demonstration = item
+    elif isinstance(item, str):
+        demonstration = Demonstration(item)
+    elif isinstance(item, Mapping) and {"input", "output"} <= set(item):
+        demonstration = Demonstration(item["input"], item["output"])
+        if item["output"] is None:
+            raise DataError(f'{where}: expected an "output" that is a string, got None: give the answer as text.')
+    elif isinstance(item, tuple) and len(item) == 2:
+        demonstration = Demonstration(*item)
+        if item[1] is None:
+            raise DataError(f"{where}: expected an output that is a string, got None: give the answer as text.")
+    else:
+        raise DataError(
+            f"{where}: expected an (input, output) tuple, a mapping with input and output, or a string, got {item!r}."
+        )
+    for name in ("input", "output"):
+        value = getattr(demonstration, name)
+        if not isinstance(value, str) and not (name == "output" and value is None):
+            raise DataError(
+                f"{where}: expected an {name} that is a string, got {value!r} ({type(value).__name__}): "
+                "convert it to text."
+            )
+    if not demonstration.input.strip() and not (demonstration.output or "").strip():
+        raise DataError(f"{where}: expected text, got an empty demonstration: remove it.")
+    return demonstration
+
+
+def find_tokenizer(name_or_path: str | None, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer saved beside a model; None where there is none: token ids can still go in."""
+    if not name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
+    except (OSError, ValueError):
+        return None
+
+
+class PromptEncoder:
+    """Turns demonstrations, queries and answers into token ids in a config's prompt format.
+
+    Inputs, outputs and separators are tokenised apart, so the ids of a piece never depend on its neighbours: dropping
+    a demonstration drops exactly its ids, and an answer's ids are the same wherever it stands.
+
+    Args:
+        tokenizer: Of the model that reads.
+        config: Prompt format and budgets.
+
+    Raises:
+        ConfigError: There is no tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, config: MendConfig) -> None:
+        if tokenizer is None:
+            raise ConfigError(
+                "Expected a tokenizer to read text with, and found none under the model's name: pass tokenizer=... "
+                "when wrapping the model."
+            )
+        self.tokenizer = tokenizer
+        self.config = config
+        self._separator_ids = self._ids(config.demonstration_separator)
+        self._ends_sentence: dict[int, bool] = {}
+
+    def encode_query(self, query: str) -> list[int]:
+        """Return the ids of a query up to where its answer begins; a long one is cut like a demonstration."""
+        head, tail = self._input_ids(query)
+        return head[: max(self.config.max_demonstration_tokens - len(tail), 0)] + tail
+
+    def encode_queries(self, queries: Sequence[str]) -> BatchEncoding:
+        """Return the ids (B, T) and the mask of several queries, padded on the left."""
+        rows = [self.encode_query(query) for query in queries]
+        length = max(len(row) for row in rows)
+        padding = [length - len(row) for row in rows]
+        return BatchEncoding(
+            {
+                "input_ids": torch.tensor(
+                    [[self.pad_token_id] * num + row for num, row in zip(padding, rows, strict=True)]
+                ),
+                "attention_mask": torch.tensor([[0] * num + [1] * (length - num) for num in padding]),
+            }
+        )
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Return the ids of an answer as it stands in a demonstration, without the separator."""
+        return self._ids(self.config.answer_prefix + answer)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of plain text, without special tokens."""
+        return self._ids(text)
+
+    def encode_demonstrations(self, demonstrations: Sequence[Demonstration], *, warn: bool = True) -> EncodedTask:
+        """Return the ids and anchors of one task's demonstrations within the config's budgets.
+
+        Under `truncate` the demonstrations that no longer fit are left out; otherwise they open another chunk. A
+        demonstration longer than `max_demonstration_tokens` loses the end of its input.
+
+        Args:
+            demonstrations: One task's, at least one.
+            warn: Say in a warning how many tokens were lost.
+        """
+        window = self.config.max_distiller_tokens - len(self._bos_ids)
+        groups: list[list[EncodedChunk]] = []
+        num_kept, num_lost_tokens, is_full = 0, 0, False
+        for demonstration in demonstrations:
+            pieces, lost = self._encode_pieces(demonstration, window)
+            num_lost_tokens += lost
+            for piece in pieces:
+                fits = groups and sum(len(other.input_ids) for other in groups[-1]) + len(piece.input_ids) <= window
+                is_full = is_full or bool(groups and not fits and self.config.overflow == "truncate")
+                if is_full:
+                    num_lost_tokens += len(piece.input_ids)
+                elif fits:
+                    groups[-1].append(piece)
+                else:
+                    groups.append([piece])
+                num_kept += piece is pieces[0] and not is_full
+        chunks = [self._join_pieces(group) for group in groups]
+        num_tokens = sum(len(chunk.input_ids) for chunk in chunks)
+        if warn and num_lost_tokens:
+            warnings.warn(
+                f"{num_lost_tokens} of {num_tokens + num_lost_tokens} demonstration tokens were cut away: the budget "
+                f"is {self.config.max_demonstration_tokens} a demonstration, "
+                f"{self.config.max_distiller_tokens} in all. "
+                'Give shorter or fewer demonstrations, raise the budgets, or use overflow="concat".',
+                stacklevel=3,
+            )
+        text_hash = hash_json([(item.input, item.output) for item in demonstrations])
+        return EncodedTask(chunks, num_kept, num_tokens, num_lost_tokens, text_hash)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills masked places; which one does not matter."""
+        if self.tokenizer.pad_token_id is not None:
+            return self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id or 0
+
+    @property
+    def empty_prompt_ids(self) -> list[int]:
+        """The ids of the prompt format around nothing: what stays when input and output are left out."""
+        head, tail = self._input_ids("")
+        return head + tail + self._separator_ids
+
+    @property
+    def separator_ids(self) -> list[int]:
+        """The ids that follow every demonstration."""
+        return self._separator_ids
+
+    @property
+    def _bos_ids(self) -> list[int]:
+        """The begin-of-text id, where the tokenizer of this model family puts one in front of a text."""
+        empty = self.tokenizer("").input_ids
+        return empty[:1] if empty[:1] == [self.tokenizer.bos_token_id] else []
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+    def _input_ids(self, text: str) -> tuple[list[int], list[int]]:
+        return self._ids(self.config.input_prefix + text), self._ids(self.config.output_prefix)
+
+    def _encode_pieces(self, demonstration: Demonstration, window: int) -> tuple[list[EncodedChunk], int]:
+        if demonstration.output is None:
+            return self._encode_plain_text(demonstration.input, window), 0
+        piece, num_lost_tokens = self._encode_pair(demonstration, min(self.config.max_demonstration_tokens, window))
+        return [piece], num_lost_tokens
+
+    def _encode_pair(self, demonstration: Demonstration, budget: int) -> tuple[EncodedChunk, int]:
+        head, tail = self._input_ids(demonstration.input)
+        answer = self.encode_answer(demonstration.output or "")
+        answer = answer[: max(budget - len(tail) - len(self._separator_ids) - 1, 1)]
+        kept = head[: max(budget - len(tail) - len(answer) - len(self._separator_ids), 1)]
+        ids = kept + tail + answer + self._separator_ids
+        full = len(head) + len(tail) + len(self.encode_answer(demonstration.output or "")) + len(self._separator_ids)
+        answer_start = len(kept) + len(tail)
+        answer_end = answer_start + len(answer)
+        anchors = [*range(answer_start - 1, answer_end), *([answer_end] if self._separator_ids else [])]
+        cap = self.config.max_anchor_tokens_per_demonstration
+        if len(anchors) > cap:
+            anchors = anchors[: (cap + 1) // 2] + anchors[len(anchors) - cap // 2 :]
+        return EncodedChunk(ids, anchors if self.config.anchor_tokens == "answers" else []), full - len(ids)
+
+    def _encode_plain_text(self, text: str, window: int) -> list[EncodedChunk]:
+        """Cut a text into pieces that fit the window; its anchors are the tokens that end a sentence or a line."""
+        ids = self._ids(text)
+        pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
+        return [
+            EncodedChunk(
+                piece,
+                [i for i, token in enumerate(piece) if self._is_sentence_end(token)]
+                if self.config.anchor_tokens == "answers"
+                else [],
+            )
+            for piece in pieces
+        ]
+
+    def _is_sentence_end(self, token_id: int) -> bool:
+        if token_id not in self._ends_sentence:
+            self._ends_sentence[token_id] = bool(_SENTENCE_END.search(self.tokenizer.decode([token_id])))
+        return self._ends_sentence[token_id]
+
+    def _join_pieces(self, pieces: Sequence[EncodedChunk]) -> EncodedChunk:
+        ids = list(self._bos_ids)
+        anchors: list[int] = []
+        for piece in pieces:
+            anchors += [len(ids) + position for position in piece.anchor_positions]
+            ids += piece.input_ids
+        return EncodedChunk(ids, anchors)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from mend_hf import AutoMendModel, MendConfig, MendModel, get_mend_model
+from mend_hf.errors import CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
+
+SHOTS = [("great film", "positive"), ("a bore", "negative")]
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model(tiny_model, tokenizer):
+    torch.manual_seed(0)
+    return get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3), tokenizer).eval()
+
+
+def test_the_prefix_form_follows_the_distiller(model, tiny_model, tokenizer):
+    assert model.mend_config.prefix_form == "kv"
+    assert model.mend_config.task_type == "CAUSAL_LM"
+    embeds = get_mend_model(tiny_model("llama"), MendConfig(prefix_form="embeds", num_virtual_tokens=2), tokenizer)
+    assert embeds.mend_config.prefix_form == "embeds"
+
+
+def test_raw_and_distilled_demonstrations_answer_alike(model):
+    query = model.tokenize("bad")
+    raw = model(**query, demonstrations=SHOTS).logits
+    assert raw.equal(model(**query, demonstrations=model.distill(SHOTS)).logits)
+    assert raw.shape[1] == query["input_ids"].shape[1]
+
+
+def test_bound_demonstrations_are_used_until_the_block_ends_also_by_an_error(model):
+    query = model.tokenize("bad")
+    bare, expected = model(**query).logits, model(**query, demonstrations=SHOTS).logits
+
+    def fail():
+        with model.use_demonstrations(SHOTS):
+            assert model(**query).logits.equal(expected)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert model(**query).logits.equal(bare)
+    model.set_demonstrations(SHOTS)
+    assert model(**query).logits.equal(expected)
+    with model.use_demonstrations(SHOTS[:1]):
+        assert not model(**query).logits.equal(expected)
+    assert model(**query).logits.equal(expected)
+    model.set_demonstrations(None)
+    assert model(**query).logits.equal(bare)
+
+
+def test_two_sources_of_demonstrations_are_refused(model):
+    model.set_demonstrations(SHOTS)
+    with pytest.raises(DataError, match=r"set_demonstrations\(None\)"):
+        model(**model.tokenize("bad"), demonstrations=SHOTS)
+
+
+def test_generate_returns_the_users_tokens_and_the_new_ones(model):
+    query = model.tokenize("moving and funny")
+    distilled = model.distill(SHOTS)
+    ids = model.generate(**query, demonstrations=distilled, **GREEDY)
+    length = query["input_ids"].shape[1]
+    assert ids[:, :length].equal(query["input_ids"])
+    assert ids.shape[1] <= length + 5
+    assert ids.equal(model.generate("moving and funny", demonstrations=distilled, **GREEDY))
+    assert ids.equal(model.generate(inputs=query["input_ids"], demonstrations=distilled, **GREEDY))
+    limited = model.generate(**query, demonstrations=distilled, max_length=length + 2, do_sample=False, pad_token_id=0)
+    assert limited.equal(ids[:, : length + 2])
+    scores = model.generate(**query, demonstrations=distilled, **GREEDY, return_dict_in_generate=True)
+    assert scores.sequences.equal(ids)
+
+
+def test_answers_end_where_the_separator_begins(model, monkeypatch):
+    monkeypatch.setattr(
+        model.prompt.tokenizer.__class__, "batch_decode", lambda *_, **__: [" positive\n\nInput: more"]
+    )
+    assert model.answer(["bad"], SHOTS) == ["positive"]
+
+
+def test_labels_give_the_loss_of_the_query_tokens(model):
+    query = model.tokenize("moving and funny")
+    output = model(**query, labels=query["input_ids"], demonstrations=SHOTS)
+    expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], query["input_ids"][0, 1:])
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_padding_may_stand_on_the_right_in_a_forward_pass(model):
+    query = model.tokenize("bad")
+    ids = torch.cat([query["input_ids"], torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    mask = torch.cat([query["attention_mask"], torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    padded = model(input_ids=ids, attention_mask=mask, demonstrations=SHOTS).logits[:, :-3]
+    torch.testing.assert_close(padded, model(**query, demonstrations=SHOTS).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_trainable_parameters_are_printed_in_pefts_words(model, capsys):
+    model.print_trainable_parameters()
+    trainable = sum(tensor.numel() for _, tensor in model.distiller.trained_tensors())
+    assert capsys.readouterr().out.startswith(f"trainable params: {trainable:,d} || all params: ")
+
+
+def test_attributes_of_the_base_model_are_at_hand(model):
+    assert model.config is model.base_model.config
+    assert model.can_generate()
+    with pytest.raises(AttributeError):
+        _ = model.no_such_thing
+
+
+def test_saving_in_half_precision_halves_the_file_and_still_loads(model, tiny_model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    sizes = [(tmp_path / name / "mend_model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.7 * sizes[0]
+    loaded = MendModel.from_pretrained(tiny_model("llama"), tmp_path / "half", tokenizer)
+    assert loaded.distiller.placeholders.dtype == torch.float32
+    torch.testing.assert_close(loaded.distiller.placeholders, model.distiller.placeholders, atol=0.02, rtol=0.01)
+
+
+def test_a_saved_folder_has_a_card_that_is_never_overwritten(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: mend_hf" in card
+    assert "| prefix form | kv |" in card
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_auto_mend_model_loads_the_base_model_too(tiny_model, tokenizer, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_mend_model(base, MendConfig(num_virtual_tokens=3)).eval()
+    model.save_pretrained(tmp_path / "distiller")
+    loaded = AutoMendModel.from_pretrained(tmp_path / "distiller")
+    query = loaded.tokenize("bad")
+    assert loaded(**query, demonstrations=SHOTS).logits.equal(model(**query, demonstrations=SHOTS).logits)
+
+
+def test_a_distiller_that_does_not_name_its_base_model_is_refused_by_auto(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "mend_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(CheckpointError, match=r"MendModel\.from_pretrained"):
+        AutoMendModel.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(model, tiny_model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "mend_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_virtual_tokens": 5}))
+    with pytest.raises(CheckpointError, match=r"placeholders: expected shape \(5, 32\), got \(3, 32\)"):
+        MendModel.from_pretrained(tiny_model("llama"), tmp_path, tokenizer)
+
+
+def test_text_needs_a_tokenizer(tiny_model):
+    model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match="pass tokenizer="):
+        model.distill(SHOTS)
+
+
+def test_a_query_beyond_the_position_table_is_refused(tiny_model, tokenizer):
+    model = get_mend_model(tiny_model("gpt2"), MendConfig(num_virtual_tokens=3), tokenizer)
+    long = torch.full((1, 510), 5)
+    with pytest.raises(ShapeError, match="512 positions"):
+        model(input_ids=long, demonstrations=SHOTS)
+
+
+def test_a_query_of_no_tokens_is_refused(model):
+    with pytest.raises(DataError, match="at least one token"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), demonstrations=SHOTS)
+
+
+@pytest.mark.parametrize(
+    ("build", "remedy"),
+    [
+        (lambda: torch.nn.Linear(2, 2), "Load the base model first"),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=2)),
+            "Use a causal language model",
+        ),
+        (
+            lambda: AutoModelForSequenceClassification.from_config(
+                LlamaConfig(
+                    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+                )
+            ),
+            "AutoModelForCausalLM",
+        ),
+    ],
+)
+def test_models_that_cannot_read_a_prefix_are_refused(build, remedy):
+    with pytest.raises(UnsupportedModelError, match=remedy):
+        get_mend_model(build(), MendConfig())
+
+
+def test_a_model_without_explicit_positions_is_refused(tiny_model):
+    with pytest.raises(UnsupportedModelError, match="lacks position_ids"):
+        get_mend_model(tiny_model("bloom"), MendConfig())
