@@ -1,0 +1,145 @@
+"""One collator for both stages: what the distiller, the student and the teacher each read.
+
+Shapes: R tasks, N chunks, B queries, D demonstration tokens, T query tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mend_hf.config import MendConfig
+from mend_hf.demonstrations import Demonstration, EncodedTask, PromptEncoder, parse_demonstrations
+from mend_hf.distiller import DemonstrationBatch
+from mend_hf.errors import DataError
+from mend_hf.losses import IGNORE_INDEX
+
+
+class MendCollator:
+    """Turns rows {"demonstrations", "query", "target"} into a batch for `MendModel` and `MendTrainer`.
+
+    A row's `query` and `target` are strings, or lists of strings: several queries of one task then share one
+    distilling. Behind plain-text demonstrations (strings) query and target stand as they are; otherwise they are put
+    into the prompt format, and the separator follows the target.
+
+    Teacher and distiller read the same demonstrations: what one budget cuts away, neither sees.
+
+    Args:
+        tokenizer: The base model's.
+        config: Of the distiller: prompt format and budgets.
+        distiller_tokenizer: Of a separate distiller; None: the base model's.
+        with_teacher: Add the teacher's columns; the stock Trainer, which has no teacher, needs False.
+        max_target_tokens: Longer targets lose their end.
+        max_teacher_tokens: Demonstration tokens that the teacher reads; None: as many as the distiller, which under
+            `concat` and `recurrent` means all of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: MendConfig,
+        distiller_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        with_teacher: bool = True,
+        max_target_tokens: int = 256,
+        max_teacher_tokens: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.with_teacher = with_teacher
+        self.max_target_tokens = max_target_tokens
+        self._prompt = PromptEncoder(tokenizer, config)
+        self._distiller_prompt = PromptEncoder(distiller_tokenizer or tokenizer, config)
+        window = max_teacher_tokens or (config.max_distiller_tokens if config.overflow == "truncate" else sys.maxsize)
+        teacher_config = dataclasses.replace(
+            config, anchor_tokens="none", overflow="truncate", max_distiller_tokens=window
+        )
+        self._teacher_prompt = PromptEncoder(tokenizer, teacher_config)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate rows.
+
+        Returns:
+            For the distiller `demo_input_ids`, `demo_attention_mask`, `demo_anchor_mask` (N, D) and `demo_task_rows`
+            (N,); for the teacher `teacher_input_ids`, `teacher_attention_mask` (R, D); for the student `input_ids`,
+            `attention_mask`, `labels` (B, T) and `query_task_rows` (B,): query and target, padded on the left, with
+            labels on the target.
+
+        Raises:
+            DataError: A row is malformed; the message names it.
+        """
+        encoded, teacher, queries, labels, task_rows = [], [], [], [], []
+        for index, row in enumerate(rows):
+            missing = [name for name in ("demonstrations", "query", "target") if name not in row]
+            if missing:
+                raise DataError(
+                    f"Row {index}: expected demonstrations, query and target, got no {', '.join(missing)}: rename the "
+                    "columns, and set remove_unused_columns=False in the training arguments."
+                )
+            demonstrations = parse_demonstrations(row["demonstrations"])[0][0]
+            student_task, teacher_task = self._encode_demonstrations(demonstrations)
+            encoded.append(student_task)
+            teacher.append(teacher_task)
+            is_plain_text = demonstrations[0].output is None
+            for query, target in _pair_up(row["query"], row["target"], index):
+                ids, label = self._encode_query(query, target, is_plain_text)
+                queries.append(ids)
+                labels.append(label)
+                task_rows.append(index)
+        batch = DemonstrationBatch.from_tasks(encoded, self._distiller_prompt.pad_token_id)
+        columns = {
+            "demo_input_ids": batch.input_ids,
+            "demo_attention_mask": batch.attention_mask,
+            "demo_anchor_mask": batch.anchor_mask,
+            "demo_task_rows": batch.task_rows,
+            "query_task_rows": torch.tensor(task_rows),
+            "input_ids": _pad_left(queries, self._prompt.pad_token_id),
+            "attention_mask": _pad_left([[1] * len(ids) for ids in queries], 0),
+            "labels": _pad_left(labels, IGNORE_INDEX),
+        }
+        if self.with_teacher:
+            texts = DemonstrationBatch.from_tasks(teacher, self._prompt.pad_token_id)
+            columns |= {"teacher_input_ids": texts.input_ids, "teacher_attention_mask": texts.attention_mask}
+        return columns
+
+    def _encode_demonstrations(self, demonstrations: list[Demonstration]) -> tuple[EncodedTask, EncodedTask]:
+        student = self._distiller_prompt.encode_demonstrations(demonstrations, warn=False)
+        teacher = self._teacher_prompt.encode_demonstrations(demonstrations, warn=False)
+        num_read = min(student.num_demonstrations, teacher.num_demonstrations)
+        if student.num_demonstrations != teacher.num_demonstrations:
+            student = self._distiller_prompt.encode_demonstrations(demonstrations[:num_read], warn=False)
+            teacher = self._teacher_prompt.encode_demonstrations(demonstrations[:num_read], warn=False)
+        return student, teacher
+
+    def _encode_query(self, query: str, target: str, is_plain_text: bool) -> tuple[list[int], list[int]]:
+        if is_plain_text:
+            head, answer, separator = self._prompt.encode_text(query), self._prompt.encode_text(target), []
+        else:
+            head, answer = self._prompt.encode_query(query), self._prompt.encode_answer(target)
+            separator = self._prompt.separator_ids
+        answer = answer[: self.max_target_tokens]
+        ids = head + answer + separator
+        labels = [IGNORE_INDEX] * len(head) + answer + [IGNORE_INDEX] * len(separator)
+        return ids, [IGNORE_INDEX, *labels[1:]]  # nothing predicts the first token
+
+
+def _pair_up(query: Any, target: Any, index: int) -> list[tuple[str, str]]:
+    queries = [query] if isinstance(query, str) else query
+    targets = [target] if isinstance(target, str) else target
+    strings = [*queries, *targets] if isinstance(queries, Sequence) and isinstance(targets, Sequence) else [None]
+    if not all(isinstance(text, str) for text in strings) or len(queries) != len(targets) or not queries:
+        raise DataError(
+            f"Row {index}: expected query and target as strings, or as lists of as many strings, got {query!r} "
+            f"and {target!r}."
+        )
+    return list(zip(queries, targets, strict=True))
+
+
+def _pad_left(rows: list[list[int]], value: int) -> Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[value] * (length - len(row)) + row for row in rows])

@@ -1,0 +1,123 @@
+"""Rows of .jsonl, .jsonl.zst and .parquet files or of a Hub data set, each with the place it stands at."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mend_hf.errors import DataError, import_extra
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file, each with its place as `FILE:LINE` (Parquet: `FILE:ROW`), counted from 1.
+
+    Args:
+        path: A .jsonl, .jsonl.zst or .parquet file. Empty lines are passed over.
+
+    Raises:
+        DataError: The file is missing, damaged or of another kind, or a line is no JSON object.
+        MissingExtraError: The package that reads such a file is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"Expected a file at {path}, got none: check the path.")
+    if path.name.endswith(".parquet"):
+        yield from _read_parquet(path)
+    elif path.name.endswith(".jsonl.zst"):
+        yield from _parse_lines(io.BytesIO(_decompress(path)), path)
+    elif path.name.endswith(".jsonl"):
+        with path.open("rb") as lines:
+            yield from _parse_lines(lines, path)
+    else:
+        raise DataError(f"Expected a file that ends in {', '.join(SUFFIXES)}, got {path}: convert or rename it.")
+
+
+def load_hub_splits(name: str | Path, **hub: Any) -> Mapping[str, Iterable[Row]]:
+    """Return the splits of a data set on the Hub, or of a local folder that `datasets` can read.
+
+    Args:
+        name: Its Hub id or folder.
+        **hub: `revision`, `token`, `cache_dir`, `name` (the configuration) ... of `datasets.load_dataset`.
+
+    Raises:
+        DataError: There is no such data set, or it cannot be fetched or read.
+        MissingExtraError: `datasets` is not installed.
+    """
+    if str(name).endswith(SUFFIXES):
+        raise DataError(f"Expected a file at {name}, got none: check the path.")
+    datasets = import_extra("datasets", "data")
+    try:
+        return datasets.load_dataset(str(name), **hub)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"Expected a file, a folder or a Hub data set, got {str(name)!r}, which `datasets` cannot load ({error}): "
+            "check the path or the Hub id, and the network."
+        ) from error
+
+
+def number_rows(rows: Iterable[Row], name: str | Path) -> Iterator[tuple[str, Row]]:
+    """Yield rows with their places as `NAME:ROW`, counted from 1."""
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:{number}", row
+
+
+def get_text(row: Row, column: str, place: str) -> str:
+    """Return a column's text.
+
+    Raises:
+        DataError: The row lacks the column, or holds something else there.
+    """
+    if column not in row:
+        raise DataError(
+            f"{place}: expected a field {column!r}, got only {', '.join(map(repr, row))}: add or rename it."
+        )
+    if not isinstance(row[column], str):
+        raise DataError(f"{place}: expected {column!r} to be a string, got {row[column]!r}: convert it to text.")
+    return row[column]
+
+
+def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{place}: expected a JSON object, got {error}: mend or remove the line.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}: mend or remove the line.")
+        yield place, row
+
+
+def _decompress(path: Path) -> bytes:
+    zstandard = import_extra("zstandard", "data")
+    parts: list[bytes] = []
+    rest = path.read_bytes()
+    while rest or not parts:
+        # A frame at a time: only then does the decompressor say that one was cut off.
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(rest))
+        except zstandard.ZstdError as error:
+            raise DataError(f"Expected a Zstandard file at {path}, got {error}: fetch it again.") from error
+        if not frame.eof:
+            raise DataError(f"Expected a whole Zstandard file at {path}, got a truncated one: fetch it again.")
+        rest = frame.unused_data
+    return b"".join(parts)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    parquet = import_extra("pyarrow.parquet", "data")
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield from number_rows((row for batch in file.iter_batches() for row in batch.to_pylist()), path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Expected a whole Parquet file at {path}, got {error}: fetch it again.") from error

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mend_hf import MendCollator, MendConfig
+from mend_hf.demonstrations import PromptEncoder
+from mend_hf.errors import DataError
+
+SHOTS = [{"input": "great film", "output": "positive"}, {"input": "a bore", "output": "negative"}]
+ROW = {"demonstrations": SHOTS, "query": "bad", "target": "negative"}
+
+
+@pytest.fixture
+def collator(tokenizer):
+    return lambda config=None, **kwargs: MendCollator(tokenizer, config or MendConfig(), **kwargs)
+
+
+@pytest.fixture
+def prompt(tokenizer):
+    return PromptEncoder(tokenizer, MendConfig())
+
+
+def test_a_row_becomes_query_target_and_separator_with_labels_on_the_target(collator, prompt):
+    batch = collator()([ROW])
+    query, answer, separator = prompt.encode_query("bad"), prompt.encode_answer("negative"), prompt.separator_ids
+    assert batch["input_ids"].tolist() == [query + answer + separator]
+    assert batch["labels"].tolist() == [[-100] * len(query) + answer + [-100] * len(separator)]
+    assert batch["query_task_rows"].tolist() == [0]
+
+
+def test_rows_of_different_lengths_are_padded_on_the_left(collator):
+    batch = collator()([ROW, {**ROW, "demonstrations": SHOTS[:1], "query": "the film was very very good"}])
+    for name in ("attention_mask", "demo_attention_mask", "teacher_attention_mask"):
+        mask = batch[name]
+        assert (mask.diff(dim=1) >= 0).all()
+        assert mask[:, -1].all()
+        assert mask.sum(1)[0] != mask.sum(1)[1]
+    assert batch["input_ids"][0, 0] == collator().tokenizer.pad_token_id
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert not batch["demo_anchor_mask"][batch["demo_attention_mask"] == 0].any()
+
+
+def test_teacher_and_distiller_read_the_same_tokens(collator):
+    tight = collator(MendConfig(max_distiller_tokens=20))
+    for collate in (collator(), tight):
+        batch = collate([{**ROW, "demonstrations": SHOTS * 3}])
+        assert batch["teacher_input_ids"].equal(batch["demo_input_ids"])
+    assert batch["demo_input_ids"].shape[1] <= 20
+
+
+def test_the_teacher_reads_all_chunks_as_one_text(collator):
+    batch = collator(MendConfig(max_distiller_tokens=20, overflow="concat"))([{**ROW, "demonstrations": SHOTS * 3}])
+    assert batch["demo_task_rows"].tolist() == [0] * len(batch["demo_task_rows"])
+    assert len(batch["demo_task_rows"]) > 1
+    assert batch["teacher_input_ids"].shape == (
+        1,
+        collator()([{**ROW, "demonstrations": SHOTS * 3}])["demo_input_ids"].shape[1],
+    )
+
+
+def test_a_shorter_teacher_window_shortens_what_the_distiller_reads(collator):
+    batch = collator(max_teacher_tokens=20)([{**ROW, "demonstrations": SHOTS * 3}])
+    assert batch["teacher_input_ids"].equal(batch["demo_input_ids"])
+    assert batch["teacher_input_ids"].shape[1] <= 20
+
+
+def test_plain_text_stands_as_it_is_and_its_first_token_has_no_label(collator, prompt):
+    batch = collator()([{"demonstrations": ["the film was good."], "query": "", "target": " the food was bad"}])
+    ids = prompt.encode_text(" the food was bad")
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["labels"].tolist() == [[-100, *ids[1:]]]
+
+
+def test_several_queries_share_one_distilling(collator):
+    together = collator()([{**ROW, "query": ["bad", "very funny"], "target": ["negative", "positive"]}, ROW])
+    assert together["query_task_rows"].tolist() == [0, 0, 1]
+    assert together["demo_input_ids"].shape[0] == 2
+    apart = collator()([ROW, {**ROW, "query": "very funny", "target": "positive"}, ROW])
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert together[name].equal(apart[name])
+
+
+def test_a_long_target_loses_its_end(collator, prompt):
+    batch = collator(max_target_tokens=2)([{**ROW, "target": "great film good food"}])
+    assert (batch["labels"] != -100).sum() == 2
+    assert batch["labels"][batch["labels"] != -100].tolist() == prompt.encode_answer("great film good food")[:2]
+
+
+def test_without_a_teacher_its_columns_are_left_out(collator):
+    assert not any(name.startswith("teacher") for name in collator(with_teacher=False)([ROW]))
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"demonstrations": SHOTS, "query": "bad"}, "no target: rename the columns"),
+        ({**ROW, "target": 3}, "Row 0: expected query and target as strings"),
+        ({**ROW, "query": ["a", "b"]}, "lists of as many strings"),
+        ({**ROW, "demonstrations": []}, "give one or more"),
+    ],
+)
+def test_malformed_rows_are_refused(collator, row, remedy):
+    with pytest.raises(DataError, match=remedy):
+        collator()([row])
+
+
+def test_all_columns_are_tensors(collator):
+    assert all(isinstance(column, torch.Tensor) for column in collator()([ROW]).values())
