@@ -1,0 +1,196 @@
+"""MendTrainer: the transformers Trainer with a teacher.
+
+Shapes: R tasks, B queries, T query tokens, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from mend_hf.data.collator import MendCollator
+from mend_hf.errors import ConfigError, DataError
+from mend_hf.files import check_output_folder, write_json
+from mend_hf.losses import IGNORE_INDEX, kd_loss, nll_loss
+from mend_hf.model import MendModel
+from mend_hf.prefix import continue_inputs
+from mend_hf.training_args import MendTrainingArguments
+
+
+class MendTrainer(Trainer):
+    """Trains a distiller; the base model is teacher (with the text) and student (with the prefix), and never changes.
+
+    loss = nll_loss_weight * NLL(target) + kd_loss_weight * KL(teacher || student), means over the tokens that count.
+
+    Args:
+        model: The distiller on its base model.
+        args: The same as for `Trainer`, with the losses' weights.
+        train_dataset: Rows {"demonstrations", "query", "target"}, see `MendCollator`.
+        eval_dataset: Rows of the same form; `eval_kd_loss` and `eval_nll_loss` are reported beside `eval_loss`.
+        data_collator: None: a `MendCollator` for the model.
+        **kwargs: Passed to `Trainer`.
+
+    Raises:
+        ConfigError: The model is no MendModel, or gradient checkpointing is asked for.
+        CheckpointError: The output folder is a file.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: MendModel,
+        args: MendTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, MendModel):
+            raise ConfigError(
+                f"Expected a MendModel, got {type(model).__name__}: wrap the base model with get_mend_model first."
+            )
+        if args.to_dict().get("activation_checkpointing") or args.to_dict().get("gradient_checkpointing"):
+            raise ConfigError(
+                "Expected gradient_checkpointing=False, got True: it drops the cache that the prefix is in. Save "
+                "memory with smaller batches and gradient_accumulation_steps instead."
+            )
+        check_output_folder(args.output_dir)
+        if data_collator is None:
+            data_collator = MendCollator(
+                model.prompt.tokenizer,
+                model.mend_config,
+                model.distiller_tokenizer,
+                with_teacher=args.kd_loss_weight > 0,
+            )
+        self._sums: dict[str, float] = defaultdict(float)
+        self._eval_sums: dict[str, float] = defaultdict(float)
+        self._num_kd_tokens: Tensor | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            **kwargs,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the weighted loss, divided by the tokens of all accumulated batches."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        teacher_ids, teacher_mask = inputs.pop("teacher_input_ids", None), inputs.pop("teacher_attention_mask", None)
+        mask = inputs["attention_mask"].bool()
+        kd_mask = mask[:, 1:] & mask[:, :-1]
+        outputs = model(**inputs)
+        logits = outputs.logits[:, :-1]
+        in_training = model.training
+        losses: dict[str, Tensor] = {}
+        if (labels != IGNORE_INDEX).any():
+            num_items = num_items_in_batch if in_training else None
+            losses["nll_loss"] = nll_loss(logits, labels, num_items=num_items)
+        if self.args.kd_loss_weight:
+            if teacher_ids is None:
+                raise DataError(
+                    "Expected teacher_input_ids in the batch because kd_loss_weight is above 0, got none: use "
+                    "MendCollator(..., with_teacher=True), or set kd_loss_weight=0."
+                )
+            teacher_logits = self._teacher_logits(model, teacher_ids, teacher_mask, inputs)[:, :-1]
+            losses["kd_loss"] = kd_loss(
+                logits,
+                teacher_logits,
+                kd_mask,
+                kd_temperature=self.args.kd_temperature,
+                num_items=self._num_kd_tokens if in_training else None,
+            )
+        weights = {"nll_loss": self.args.nll_loss_weight, "kd_loss": self.args.kd_loss_weight}
+        loss = sum((weights[name] * value for name, value in losses.items()), start=logits.new_zeros(()))
+        self._note(losses, in_training)
+        if in_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher_logits(
+        self, model: nn.Module, teacher_ids: Tensor, teacher_mask: Tensor | None, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        """Return the base model's logits (B, T, W) of the queries behind the demonstrations' full text."""
+        mend_model: MendModel = self.accelerator.unwrap_model(model)
+        if teacher_mask is None:
+            teacher_mask = torch.ones_like(teacher_ids)
+        text = mend_model.read_tokens(teacher_ids, teacher_mask).select(inputs["query_task_rows"])
+        base_model = mend_model.base_model
+        return base_model(
+            input_ids=inputs["input_ids"], **continue_inputs(text, inputs["attention_mask"], base_model)
+        ).logits
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Collect the batches of one step and count the tokens that each loss is averaged over."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        masks = [batch["attention_mask"].bool() for batch in batches]
+        count = sum((mask[:, 1:] & mask[:, :-1]).sum() for mask in masks)
+        if isinstance(count, Tensor):
+            count = count.to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+            self._num_kd_tokens = count
+        return batches, num_items
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Return the loss alone: logits of a whole vocabulary are not gathered."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and report the two losses apart."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self._eval_sums = defaultdict(float)
+        metrics = super().evaluate(*args, **kwargs)
+        sums = self._eval_sums
+        parts = {
+            f"{prefix}_{name}": sums[name] / sums[f"num_{name}"] for name in ("nll_loss", "kd_loss") if name in sums
+        }
+        self.log(parts)
+        return metrics | parts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the two losses apart beside the training loss."""
+        if "loss" in logs:
+            steps = max(self.state.global_step - self._sums["last_step"], 1)
+            for name in ("nll_loss", "kd_loss"):
+                if name in self._sums:
+                    logs[name] = round(self._sums[name] / steps, 6)
+            self._sums = defaultdict(float, {"last_step": self.state.global_step})
+        super().log(logs, start_time)
+
+    def _note(self, losses: dict[str, Tensor], in_training: bool) -> None:
+        sums = self._sums if in_training else self._eval_sums
+        for name, value in losses.items():
+            sums[name] += value.item()
+            sums[f"num_{name}"] += 1
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        write_json(folder / "training_args.json", self.args.to_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_distiller(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
