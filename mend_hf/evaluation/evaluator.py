@@ -1,0 +1,149 @@
+"""Runs methods over tasks: demonstrations fixed by a seed, option scoring, one score a task, method and seed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mend_hf.data.metaicl import Example, sample_demonstrations
+from mend_hf.demonstrations import Demonstration
+from mend_hf.errors import DataError
+from mend_hf.evaluation.methods import Method
+from mend_hf.evaluation.metrics import compute_metric
+from mend_hf.evaluation.scoring import score_options
+from mend_hf.model import MendModel
+from mend_hf.prefix import KeyValuePrefix
+
+SEEDS = (13, 21, 42, 87, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What one method reached on one task with one seed's demonstrations.
+
+    Attributes:
+        method: Its name.
+        task: The task's name.
+        seed: Fixed the demonstrations.
+        metric: The score's name: `macro_f1` for classification, `accuracy` for multi-choice, `rouge_l` for free form.
+        score: From 0 to 1.
+        num_queries: How many were asked.
+        prefix_slots: Positions that every query attends to in place of the demonstrations.
+        prefix_bytes: Size of their keys and values.
+        milliseconds_per_query: Mean over the queries, options included.
+        prepare_milliseconds: Reading or distilling the demonstrations, once.
+    """
+
+    method: str
+    task: str
+    seed: int
+    metric: str
+    score: float
+    num_queries: int
+    prefix_slots: int
+    prefix_bytes: int
+    milliseconds_per_query: float
+    prepare_milliseconds: float
+
+
+def evaluate_methods(
+    model: MendModel,
+    train_tasks: Mapping[str, Sequence[Example]],
+    test_tasks: Mapping[str, Sequence[Example]],
+    methods: Mapping[str, Method],
+    *,
+    num_demonstrations: int = 16,
+    seeds: Sequence[int] = SEEDS,
+    max_queries: int | None = None,
+    batch_size: int = 8,
+    finished: Collection[tuple[str, str, int]] = (),
+) -> Iterator[TaskResult]:
+    """Yield a result for every task, seed and method.
+
+    All methods get the same demonstrations, drawn from the task's training side, and the same queries.
+
+    Args:
+        model: Base model and distiller.
+        train_tasks: Where demonstrations come from.
+        test_tasks: Where queries come from; every task must be in `train_tasks` too.
+        methods: By name.
+        num_demonstrations: K.
+        seeds: One set of demonstrations each.
+        max_queries: Ask only so many of a task, the same ones for every seed; None: all.
+        batch_size: Queries read at once.
+        finished: (task, method, seed) to pass over.
+
+    Raises:
+        DataError: A task has no training side, or fewer than `num_demonstrations` examples there.
+    """
+    missing = sorted(set(test_tasks) - set(train_tasks))
+    if missing:
+        raise DataError(f"Expected training examples of every test task, got none of {', '.join(missing)}: add them.")
+    for task in test_tasks:
+        if len(train_tasks[task]) < num_demonstrations:
+            raise DataError(
+                f"Expected at least {num_demonstrations} training examples of {task}, got {len(train_tasks[task])}: "
+                "ask for fewer demonstrations or leave the task out."
+            )
+    for task, examples in test_tasks.items():
+        queries = random.Random(task).sample(list(examples), len(examples))[:max_queries]
+        for seed in seeds:
+            shots = sample_demonstrations(train_tasks[task], num_demonstrations, seed)
+            demonstrations = [Demonstration(shot.input, shot.output) for shot in shots]
+            for name, method in methods.items():
+                if (task, name, seed) not in finished:
+                    yield _run(model, name, method, task, seed, demonstrations, queries, batch_size)
+
+
+def _run(
+    model: MendModel,
+    name: str,
+    method: Method,
+    task: str,
+    seed: int,
+    demonstrations: list[Demonstration],
+    queries: list[Example],
+    batch_size: int,
+) -> TaskResult:
+    start = time.perf_counter()
+    prefix = method(model, demonstrations)
+    prepared = time.perf_counter()
+    ask = _choose if all(query.options for query in queries) else _write
+    predictions = ask(model, queries, prefix, batch_size)
+    done = time.perf_counter()
+    metric = _pick_metric(queries)
+    return TaskResult(
+        method=name,
+        task=task,
+        seed=seed,
+        metric=metric,
+        score=compute_metric(metric, predictions, [query.output for query in queries]),
+        num_queries=len(queries),
+        prefix_slots=prefix.num_slots if prefix else 0,
+        prefix_bytes=prefix.num_bytes if prefix else 0,
+        milliseconds_per_query=1000 * (done - prepared) / len(queries),
+        prepare_milliseconds=1000 * (prepared - start),
+    )
+
+
+def _pick_metric(queries: Sequence[Example]) -> str:
+    if not all(query.options for query in queries):
+        return "rouge_l"
+    return "macro_f1" if len({query.options for query in queries}) == 1 else "accuracy"
+
+
+def _choose(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix | None, batch_size: int) -> list[str]:
+    scores = score_options(
+        model, [query.input for query in queries], [query.options for query in queries], prefix, batch_size=batch_size
+    )
+    return [query.options[row.index(max(row))] for query, row in zip(queries, scores, strict=True)]
+
+
+def _write(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix | None, batch_size: int) -> list[str]:
+    answers = []
+    for start in range(0, len(queries), batch_size):
+        texts = [query.input for query in queries[start : start + batch_size]]
+        answers += model.answer(texts, prefix)
+    return [answer.split("\n")[0] for answer in answers]

@@ -1,0 +1,109 @@
+"""What stands in front of a query: one function a method, from demonstrations to a prefix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mend_hf.demonstrations import Demonstration, PromptEncoder
+from mend_hf.distiller import DemonstrationBatch
+from mend_hf.errors import ConfigError
+from mend_hf.model import MendModel
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, gather_slots, pack_right
+
+Demonstrations = Sequence[Demonstration]
+Method = Callable[[MendModel, Demonstrations], KeyValuePrefix | None]
+
+
+def zero_shot(model: MendModel, demonstrations: Demonstrations) -> None:
+    """Nothing: the base model sees the query alone."""
+
+
+def in_context(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+    """The demonstrations' text, read by the bare base model (vanilla ICL), its keys and values kept."""
+    return model.to_key_values(model.read(list(demonstrations)).prefix)
+
+
+def in_context_cut(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+    """Vanilla ICL with as many of the demonstrations as have no more tokens than the distilled prefix has slots.
+
+    At least one demonstration is kept.
+    """
+    budget = model.distill(list(demonstrations)).num_slots
+    lengths = [model.prompt.encode_demonstrations([item], warn=False).num_tokens for item in demonstrations]
+    num_kept = max(sum(sum(lengths[: end + 1]) <= budget for end in range(len(lengths))), 1)
+    return in_context(model, demonstrations[:num_kept])
+
+
+def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+    """The bare base model's keys and values at the first token and at the answers' own tokens."""
+    config = dataclasses.replace(model.mend_config, anchor_tokens="answers", overflow="truncate")
+    prompt = PromptEncoder(model.tokenizer, config)
+    task = prompt.encode_demonstrations(list(demonstrations))
+    batch = DemonstrationBatch.from_tasks([task], prompt.pad_token_id).to(model.device)
+    text = model.read_tokens(batch.input_ids, batch.attention_mask)
+    keep = batch.anchor_mask.clone()
+    keep[:, 0] = True
+    index, mask = pack_right(keep)
+    return KeyValuePrefix(
+        tuple(gather_slots(keys, index) for keys in text.keys),
+        tuple(gather_slots(values, index) for values in text.values),
+        mask,
+        text.next_positions,
+    )
+
+
+def mend(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+    """The model's distiller."""
+    return model.to_key_values(model.distill(list(demonstrations)).prefix)
+
+
+def random_prefix(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+    """A prefix of the distilled one's size that says nothing about the task; the same for the same demonstrations.
+
+    Vectors are drawn with the mean and spread of the distilled ones, keys and values so layer by layer and head by
+    head; the sink, without which any prefix of keys and values does harm, is kept.
+    """
+    distilled = model.distill(list(demonstrations)).prefix
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(distilled, EmbeddingPrefix):
+        drawn = _draw_like(distilled.vectors[:, None], generator, first=0)[:, 0]
+        return model.to_key_values(EmbeddingPrefix(drawn, distilled.mask))
+    return KeyValuePrefix(
+        tuple(_draw_like(keys, generator, first=1) for keys in distilled.keys),
+        tuple(_draw_like(values, generator, first=1) for values in distilled.values),
+        distilled.mask,
+        distilled.next_positions,
+    )
+
+
+def _draw_like(states: torch.Tensor, generator: torch.Generator, first: int) -> torch.Tensor:
+    """Replace the slots of one task (1, H, S, K) from `first` on by noise of the same mean and spread a channel."""
+    kept, replaced = states[:, :, :first], states[:, :, first:]
+    noise = torch.randn(replaced.shape, generator=generator).to(states)
+    spread = replaced.std(2, keepdim=True, unbiased=False)
+    return torch.cat([kept, replaced.mean(2, keepdim=True) + spread * noise], dim=2)
+
+
+METHODS: dict[str, Method] = {
+    "zero-shot": zero_shot,
+    "in-context": in_context,
+    "in-context, cut": in_context_cut,
+    "training-free anchors": training_free_anchors,
+    "random prefix": random_prefix,
+    "MEND": mend,
+}
+
+
+def pick_methods(names: Sequence[str]) -> dict[str, Method]:
+    """Return the methods of these names.
+
+    Raises:
+        ConfigError: One is not known.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"Expected methods among {', '.join(METHODS)}, got {', '.join(unknown)}.")
+    return {name: METHODS[name] for name in names}

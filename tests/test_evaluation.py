@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mend_hf import Demonstration, MendConfig, get_mend_model
+from mend_hf.data.metaicl import Example
+from mend_hf.errors import ConfigError, DataError
+from mend_hf.evaluation.evaluator import TaskResult, evaluate_methods
+from mend_hf.evaluation.methods import METHODS, pick_methods
+from mend_hf.evaluation.metrics import compute_metric
+from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown
+
+OPTIONS = ("positive", "negative")
+SHOTS = [
+    Demonstration("great film", "positive"),
+    Demonstration("a bore", "negative"),
+    Demonstration("good", "positive"),
+]
+
+
+@pytest.fixture
+def model(tiny_model, tokenizer):
+    return get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3), tokenizer).eval()
+
+
+def examples(task, options=OPTIONS):
+    texts = ["great film", "a bore", "good food", "bad food", "very funny", "a very bad film"]
+    return [Example(task, text, ("positive", "negative")[i % 2], options) for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references", "score"),
+    [
+        ("accuracy", ["a", "b", "b", "b"], ["a", "a", "b", "b"], 0.75),
+        # a: precision 1, recall 1/2, F1 2/3; b: precision 2/3, recall 1, F1 4/5
+        ("macro_f1", ["a", "b", "b", "b"], ["a", "a", "b", "b"], (2 / 3 + 4 / 5) / 2),
+        # c is no gold label: it costs recall of a and does not become a class of its own
+        ("macro_f1", ["c", "a"], ["a", "a"], 2 / 3),
+        ("exact_match", ["The  answer!", "no"], ["the answer", "yes"], 0.5),
+        # common subsequence "the cat": 2 * 2 / (3 + 4)
+        ("rouge_l", ["the black cat"], ["the cat sat down"], 4 / 7),
+        ("rouge_l", [""], ["a word"], 0.0),
+    ],
+)
+def test_metrics_give_the_values_worked_out_by_hand(metric, predictions, references, score):
+    assert compute_metric(metric, predictions, references) == pytest.approx(score)
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ConfigError, match="among macro_f1"):
+        compute_metric("f2", ["a"], ["a"])
+
+
+def test_anchors_are_what_a_distiller_without_adapter_and_placeholders_keeps(model, tiny_model, tokenizer):
+    plain = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=0, lora_r=0), tokenizer)
+    expected, got = plain.distill(SHOTS).prefix, METHODS["training-free anchors"](model, SHOTS)
+    for layer, other in zip((*got.keys, *got.values), (*expected.keys, *expected.values), strict=True):
+        torch.testing.assert_close(layer, other)
+    assert got.next_positions.tolist() == expected.next_positions.tolist()
+
+
+def test_a_random_prefix_keeps_the_sink_and_nothing_else(model):
+    random_prefix, distilled = METHODS["random prefix"](model, SHOTS), METHODS["MEND"](model, SHOTS)
+    for drawn, made in zip(random_prefix.keys, distilled.keys, strict=True):
+        assert drawn.shape == made.shape
+        assert drawn[:, :, 0].equal(made[:, :, 0])
+        assert not torch.isclose(drawn[:, :, 1:], made[:, :, 1:]).all(-1).any()
+
+
+def test_cut_text_has_no_more_tokens_than_the_prefix_has_slots(model):
+    num_slots = METHODS["MEND"](model, SHOTS * 4).num_slots
+    cut, full = METHODS["in-context, cut"](model, SHOTS * 4), METHODS["in-context"](model, SHOTS * 4)
+    assert 0 < cut.num_slots <= num_slots < full.num_slots
+
+
+def test_methods_disagree_and_results_are_complete(model):
+    tasks = {"films": examples("films")}
+    results = list(evaluate_methods(model, tasks, tasks, METHODS, num_demonstrations=3, seeds=[1, 2], max_queries=4))
+    assert len(results) == 2 * len(METHODS)
+    assert {result.metric for result in results} == {"macro_f1"}
+    slots = {result.method: result.prefix_slots for result in results}
+    assert slots["zero-shot"] == 0 < slots["training-free anchors"] < slots["MEND"]
+    assert slots["random prefix"] == slots["MEND"]
+    assert all(result.num_queries == 4 and 0 <= result.score <= 1 for result in results)
+
+
+def test_what_is_finished_is_not_run_again(model):
+    tasks = {"films": examples("films")}
+    methods = pick_methods(["zero-shot", "in-context"])
+    finished = {("films", "zero-shot", 1)}
+    results = evaluate_methods(model, tasks, tasks, methods, num_demonstrations=2, seeds=[1], finished=finished)
+    assert [result.method for result in results] == ["in-context"]
+
+
+def test_free_form_tasks_are_written_and_multi_choice_tasks_are_counted_by_accuracy(model):
+    multi_choice = [
+        Example("choice", "a film", "good", ("good", "bad")),
+        Example("choice", "a food", "funny", ("funny", "very")),
+        *examples("choice"),
+    ]
+    tasks = {"choice": multi_choice, "free": examples("free", ())}
+    zero_shot = pick_methods(["zero-shot", "MEND"])
+    results = list(evaluate_methods(model, tasks, tasks, zero_shot, num_demonstrations=2, seeds=[1]))
+    assert {result.task: result.metric for result in results} == {"choice": "accuracy", "free": "rouge_l"}
+
+
+def test_too_few_training_examples_are_refused_before_anything_runs(model):
+    tasks = {"films": examples("films")}
+    with pytest.raises(DataError, match="ask for fewer demonstrations"):
+        next(evaluate_methods(model, tasks, tasks, METHODS, num_demonstrations=16))
+
+
+def test_a_task_without_a_training_side_is_refused(model):
+    with pytest.raises(DataError, match="films: add them"):
+        next(evaluate_methods(model, {}, {"films": examples("films")}, METHODS))
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ConfigError, match="among zero-shot"):
+        pick_methods(["magic"])
+
+
+def result(method, task, seed, score):
+    return TaskResult(
+        method=method, task=task, seed=seed, metric="accuracy", score=score, num_queries=1, prefix_slots=2,
+        prefix_bytes=1_000_000, milliseconds_per_query=3.0, prepare_milliseconds=4.0,
+    )  # fmt: skip
+
+
+def test_summaries_average_seeds_then_tasks_and_name_the_worst_seed():
+    results = [result("a", "x", 1, 0.2), result("a", "x", 2, 0.4), result("a", "y", 1, 0.6), result("a", "y", 2, 1.0)]
+    [summary] = summarise(results)
+    assert summary.score == pytest.approx((0.3 + 0.8) / 2)
+    assert summary.worst_seed == pytest.approx((0.2 + 0.6) / 2)
+    assert summary.spread == pytest.approx(0.15)
+    assert task_rows(results) == [["task", "metric", "a"], ["x", "accuracy", "30.0"], ["y", "accuracy", "80.0"]]
+    assert to_markdown(method_rows([summary])).splitlines()[-1] == "| a | 55.0 | 40.0 | 15.0 | 2 | 1.0 | 3 | 4 |"
