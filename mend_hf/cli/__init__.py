@@ -1,0 +1,40 @@
+"""The command line: `mend pretrain | finetune | distill | generate | evaluate | info`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from mend_hf.cli.answering import distill, generate, info
+from mend_hf.cli.evaluation import evaluate
+from mend_hf.cli.training import finetune, pretrain
+from mend_hf.errors import MendError
+
+app = typer.Typer(
+    name="mend",
+    help="Few-shot prompting without paying for the shots: distil demonstrations into a prefix for a frozen model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (pretrain, finetune, distill, generate, evaluate, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; a known error is one line on stderr and exit status 2."""
+    warnings.showwarning = _show_warning
+    try:
+        app(prog_name="mend")
+    except MendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,96 @@
+"""`mend distill`, `mend generate` and `mend info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mend_hf import __version__
+from mend_hf.cli.options import (
+    BaseModel,
+    Device,
+    Distiller,
+    OutputFolder,
+    load_for_answering,
+    read_demonstrations,
+)
+from mend_hf.config import MendConfig
+from mend_hf.files import check_output_folder
+
+
+def distill(
+    demonstrations: Annotated[Path, typer.Option(help='A .jsonl file of {"input": ..., "output": ...} lines.')],
+    output_dir: OutputFolder,
+    distiller: Distiller = None,
+    base_model: BaseModel = None,
+    device: Device = None,
+) -> None:
+    """Distil a file of demonstrations once and save the prefix.
+
+    Without `--distiller` the training-free anchors of any base model are kept.
+    """
+    pairs = read_demonstrations(demonstrations)
+    check_output_folder(output_dir)
+    model = load_for_answering(distiller, base_model, device)
+    distilled = model.distill(pairs)
+    distilled.save_pretrained(output_dir)
+    record = distilled.provenance
+    print(
+        f"{record.num_demonstrations[0]} demonstrations, {record.num_tokens[0]} tokens -> {distilled.num_slots} "
+        f"slots, {distilled.num_bytes / 1e6:.2f} MB in {output_dir}"
+    )
+
+
+def generate(
+    queries: Annotated[list[str], typer.Argument(help="What to ask; several are answered in one batch.")],
+    demonstrations: Annotated[
+        Path | None, typer.Option(help="A .jsonl file of demonstrations, or a folder that `mend distill` wrote.")
+    ] = None,
+    distiller: Distiller = None,
+    base_model: BaseModel = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.", min=1)] = 16,
+    device: Device = None,
+) -> None:
+    """Answer queries from demonstrations.
+
+    `mend generate --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl "moving and funny"`
+    """
+    from mend_hf.artifact import DistilledDemonstrations
+
+    given: Any = None
+    if demonstrations is not None and demonstrations.is_dir():
+        given = DistilledDemonstrations.from_pretrained(demonstrations)
+    elif demonstrations is not None:
+        given = read_demonstrations(demonstrations)
+    model = load_for_answering(distiller, base_model, device)
+    for answer in model.answer(queries, given, max_new_tokens=max_new_tokens):
+        print(answer)
+
+
+def info(name_or_path: Annotated[str, typer.Argument(help="A distiller or distilled demonstrations.")]) -> None:
+    """Show what a saved distiller, or a folder of distilled demonstrations, holds."""
+    from mend_hf.artifact import RECORD_NAME, DistilledDemonstrations
+
+    if (Path(name_or_path) / RECORD_NAME).exists():
+        distilled = DistilledDemonstrations.from_pretrained(name_or_path)
+        facts = {
+            "form": distilled.prefix_form,
+            "tasks": len(distilled),
+            "slots": distilled.num_slots,
+            "bytes": f"{distilled.num_bytes:,}",
+            **dataclasses.asdict(distilled.provenance),
+        }
+    else:
+        facts = MendConfig.from_pretrained(name_or_path).to_dict()
+        if Path(name_or_path).is_dir():
+            facts["files"] = ", ".join(sorted(path.name for path in Path(name_or_path).iterdir()))
+    table = Table(title=f"{name_or_path} (mend_hf {__version__})", show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else repr(value))
+    Console().print(table)

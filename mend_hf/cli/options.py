@@ -1,0 +1,77 @@
+"""Options that several commands share, and how they become models and demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mend_hf.config import MendConfig
+from mend_hf.errors import ConfigError, DataError, import_extra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mend_hf.model import MendModel
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="The frozen base model: a Hub id, a folder or a .gguf file. Default: the one that the distiller names."
+    ),
+]
+Distiller = Annotated[str | None, typer.Option(help="A saved distiller: a Hub id or a folder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: a GPU if there is one.")]
+OutputFolder = Annotated[Path, typer.Option(help="Folder for what is made.")]
+
+
+def load_for_answering(distiller: str | None, base_model: str | None, device: str | None) -> MendModel:
+    """Return a saved distiller on its base model; without a distiller, the base model with training-free anchors."""
+    from mend_hf.auto import get_mend_model
+    from mend_hf.model import MendModel
+
+    if distiller is None:
+        if base_model is None:
+            raise ConfigError("Expected --distiller or --base-model, got neither: name a Hub id or a folder.")
+        base, tokenizer = load_base_model(base_model, device)
+        return get_mend_model(base, MendConfig(num_virtual_tokens=0, lora_r=0, prefix_form="kv"), tokenizer).eval()
+    config = MendConfig.from_pretrained(distiller)
+    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, device)
+    return MendModel.from_pretrained(base, distiller, tokenizer, config=config)
+
+
+def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a base model and its tokenizer, on a GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if name_or_path is None:
+        raise ConfigError("Expected --base-model: the distiller does not name its own.")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else "auto"  # on a CPU, bfloat16 is many times slower
+    extra: dict[str, Any] = {}
+    if name_or_path.endswith(".gguf"):
+        import_extra("gguf", "gguf")
+        name_or_path, extra["gguf_file"] = str(Path(name_or_path).parent), Path(name_or_path).name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **extra)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return model.to(device), tokenizer
+
+
+def read_demonstrations(path: Path) -> list[tuple[str, str]]:
+    """Return the (input, output) pairs of a file of demonstrations."""
+    from mend_hf.data.rows import get_text, read_rows
+
+    pairs = [(get_text(row, "input", place), get_text(row, "output", place)) for place, row in read_rows(path)]
+    if not pairs:
+        raise DataError(f'Expected lines of {{"input": ..., "output": ...}} in {path}, got an empty file: add some.')
+    return pairs

@@ -1,0 +1,408 @@
+"""The command line: what each command makes and prints, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import zstandard
+from command_line import run_mend
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, get_mend_model
+from mend_hf.cli import app
+
+SENTENCE = "the boy went home because it was a good day for her walk into town ."
+PAIRS = [("good film", "positive"), ("dull film", "negative"), ("very funny", "positive"), ("a waste", "negative")]
+FEW_STEPS = ["--num-rows", "8", "--batch-size", "2", "--save-steps", "2"]
+NEW_DISTILLER = ["--num-virtual-tokens", "3", "--set", "lora_r=2"]
+
+Mend = Callable[..., "Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mend(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Mend:
+    """A function that runs `mend` with the given words."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*words: object) -> Result:
+        code = run_mend(words)
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """A tiny Llama and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distiller_folder(
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, tiny_model: Callable[[str], PreTrainedModel]
+) -> Path:
+    """A new distiller for the tiny Llama, saved."""
+    folder = tmp_path_factory.mktemp("distiller")
+    base = tiny_model("llama")
+    base.name_or_path = str(base_folder)
+    get_mend_model(base, MendConfig(num_virtual_tokens=3, lora_r=2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `text.jsonl`, `mine.jsonl`, the tasks `film` and `plant`, and a partition of them."""
+    folder = tmp_path_factory.mktemp("data")
+    text = " ".join([SENTENCE] * 5)
+    write_lines(folder / "text.jsonl", [{"text": f"{word} {text}"} for word in ("one", "two", "three")])
+    write_lines(folder / "mine.jsonl", [{"input": text, "output": label} for text, label in PAIRS])
+    (folder / "tasks").mkdir()
+    for task, thing in (("film", "film"), ("plant", "tree")):
+        rows = [
+            {"task": task, "input": f"{word} {thing}", "output": label, "options": ["positive", "negative"]}
+            for word, label in zip(SENTENCE.split()[:10], ["positive", "negative"] * 5, strict=True)
+        ]
+        write_lines(folder / "tasks" / f"{task}.train.jsonl", rows)
+        write_lines(folder / "tasks" / f"{task}.test.jsonl", rows[:4])
+    (folder / "partition.json").write_text('{"train": ["film"], "test": ["plant"]}')
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    """The command said `error: ...` with these parts, and nothing like a traceback."""
+    assert result.code == 2
+    [line] = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    message = result.err[result.err.index(line) :]
+    assert [part for part in parts if part not in message] == []
+    assert "Traceback" not in result.err
+
+
+def test_help_lists_every_command(mend: Mend) -> None:
+    result = mend("--help")
+    assert result.code == 0
+    for command in ("pretrain", "finetune", "distill", "generate", "evaluate", "info"):
+        assert f" {command} " in result.out
+
+
+def test_help_of_every_command_explains_every_option(mend: Mend) -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        assert command.help
+        assert all(parameter.help for parameter in command.params), name
+        result = mend(name, "--help")
+        assert result.code == 0
+        assert [
+            option for p in command.params for option in p.opts if option.startswith("--") and option not in result.out
+        ] == []
+
+
+def test_unknown_option_and_missing_option_are_refused(mend: Mend) -> None:
+    for words, part in ((["info", "folder", "--loudly"], "--loudly"), (["distill"], "--demonstrations")):
+        result = mend(*words)
+        assert result.code == 2
+        assert part in result.err
+        assert "Traceback" not in result.err
+
+
+def test_both_stages_then_distill_and_generate(mend: Mend, base_folder: Path, data: Path, tmp_path: Path) -> None:
+    stage1, stage2, distilled = tmp_path / "stage1", tmp_path / "stage2", tmp_path / "distilled"
+    words = ["--base-model", base_folder, "--text", data / "text.jsonl", "--max-tokens", 80, "--output-dir", stage1]
+    result = mend("pretrain", *words, *NEW_DISTILLER, *FEW_STEPS, "--base-model-id", "someone/tiny")
+    assert result.code == 0, result.err
+    assert result.out.endswith(f"Saved the distiller in {stage1}\n")
+    config = MendConfig.from_pretrained(stage1)
+    assert (config.base_model_name_or_path, config.num_virtual_tokens, config.lora_r) == ("someone/tiny", 3, 2)
+    log = json.loads((stage1 / "training_log.json").read_text())
+    assert (log["stage"], log["arguments"]["nll_loss_weight"], log["log"][0]["step"]) == ("pretrain", 0.0, 1)
+
+    words = ["--base-model", base_folder, "--distiller", stage1, "--tasks", data / "tasks", "--output-dir", stage2]
+    few = ["--partition", data / "partition.json", "--num-demonstrations", "2-4", "--max-demonstration-tokens", 32]
+    result = mend("finetune", *words, *few, *FEW_STEPS)
+    assert result.code == 0, result.err
+    log = json.loads((stage2 / "training_log.json").read_text())
+    assert (log["stage"], log["arguments"]["nll_loss_weight"]) == ("finetune", 1.0)
+    assert MendConfig.from_pretrained(stage2) == config
+    before, after = (load_file(folder / "mend_model.safetensors") for folder in (stage1, stage2))
+    assert not torch.equal(before["placeholders"], after["placeholders"])
+
+    words = ["--base-model", base_folder, "--distiller", stage2]
+    result = mend("distill", *words, "--demonstrations", data / "mine.jsonl", "--output-dir", distilled)
+    assert result.code == 0, result.err
+    kept = DistilledDemonstrations.from_pretrained(distilled)
+    assert result.out.startswith(f"4 demonstrations, {kept.provenance.num_tokens[0]} tokens -> {kept.num_slots} slots")
+    answers = [
+        mend("generate", *words, "--demonstrations", source, "--max-new-tokens", 3, "good film", "a dull day")
+        for source in (distilled, data / "mine.jsonl")
+    ]
+    assert answers[0].out.count("\n") == 2
+    assert answers[0] == answers[1]
+    assert (answers[0].code, answers[0].err) == (0, "")
+
+
+def test_finetune_holds_out_tasks_and_logs_the_loss_on_them(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2, "--num-eval-tasks", 1]
+    result = mend("finetune", *words, "--output-dir", tmp_path, *NEW_DISTILLER, *FEW_STEPS)
+    assert result.code == 0, result.err
+    log = json.loads((tmp_path / "training_log.json").read_text())["log"]
+    assert [entry["eval_loss"] > 0 for entry in log if "eval_loss" in entry] == [True] * 4
+
+
+def test_resume_after_a_stop_ends_where_an_unbroken_training_ends(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["finetune", "--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
+    words += [*NEW_DISTILLER, *FEW_STEPS, "--output-dir"]
+    assert mend(*words, tmp_path / "whole").code == 0
+    step = MendTrainer.training_step
+
+    def stop_at_step_3(trainer: MendTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MendTrainer, "training_step", stop_at_step_3)
+        assert mend(*words, tmp_path / "stopped").code != 0
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-2"}
+    assert mend(*words, tmp_path / "stopped", "--resume").code == 0
+    whole, resumed = (load_file(tmp_path / name / "mend_model.safetensors") for name in ("whole", "stopped"))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_prefix_form_and_settings_reach_a_new_distiller(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, "--text", data / "text.jsonl", "--output-dir", tmp_path]
+    settings = ["--prefix-form", "embeds", "--set", "projection=tanh", "--set", 'lora_target_modules=["q_proj"]']
+    result = mend("pretrain", *words, *settings, *NEW_DISTILLER, "--num-rows", 2, "--batch-size", 2)
+    assert result.code == 0, result.err
+    config = MendConfig.from_pretrained(tmp_path)
+    assert (config.prefix_form, config.projection, config.lora_target_modules) == ("embeds", "tanh", ("q_proj",))
+    assert "base_vectors" in load_file(tmp_path / "mend_model.safetensors")
+
+
+def test_without_a_distiller_the_training_free_anchors_answer(mend: Mend, base_folder: Path, data: Path) -> None:
+    words = ["--base-model", base_folder, "--demonstrations", data / "mine.jsonl"]
+    result = mend("generate", *words, "--max-new-tokens", 2, "good film")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.count("\n") == 1
+
+
+def test_info_shows_a_distiller_and_what_it_distilled(
+    mend: Mend, distiller_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--distiller", distiller_folder, "--demonstrations", data / "mine.jsonl", "--output-dir", tmp_path]
+    assert mend("distill", *words).code == 0
+    for folder, facts in (
+        (distiller_folder, ("num_virtual_tokens", "mend_model.safetensors")),
+        (tmp_path, ("slots", "demonstrations_hash", str(distiller_folder))),
+    ):
+        result = mend("info", folder)
+        assert (result.code, result.err) == (0, "")
+        assert [fact for fact in facts if fact not in result.out] == []
+
+
+def test_evaluate_prints_and_keeps_a_table_and_goes_on_after_a_stop(
+    mend: Mend, base_folder: Path, distiller_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", "--distiller", distiller_folder, "--tasks", data / "tasks", "--output-dir", tmp_path]
+    words += ["--partition", data / "partition.json", "--num-demonstrations", 4, "--max-queries", 3]
+    result = mend(*words, "--seeds", "13")
+    assert result.code == 0, result.err
+    table = (tmp_path / "results.md").read_text()
+    for method in ("zero-shot", "in-context", "training-free anchors", "random prefix", "MEND"):
+        assert method in result.out
+        assert method in table
+    assert "film" not in table  # a training task
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    assert {(row["task"], row["seed"]) for row in map(json.loads, lines)} == {("plant", 13)}
+
+    (tmp_path / "results.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
+    result = mend(*words, "--seeds", "13,21")
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * len(lines)
+    assert rows[:2] == [json.loads(line) for line in lines[:2]]
+    assert_refused(mend(*words[:-1], 2), "max_queries", "--overwrite")
+
+
+def test_evaluate_scores_free_form_tasks(mend: Mend, base_folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"song.{split}.jsonl", [{"input": word, "output": "a song"} for word in ("one", "two")])
+    words = ["--base-model", base_folder, "--tasks", tmp_path, "--output-dir", tmp_path / "out"]
+    result = mend("evaluate", *words, "--num-demonstrations", 2, "--seeds", "13")
+    assert result.code == 0, result.err
+    assert "rouge_l" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--seeds", "13;21"], ["numbers with commas"]),
+        (["--method", "magic"], ["zero-shot", "magic"]),
+        (["--task", "plants"], ["nearest: plant"]),
+        (["--num-demonstrations", 50], ["ask for fewer demonstrations"]),
+        (["--distiller", "nowhere/at/all"], ["mend_config.json", "nowhere/at/all"]),
+    ],
+    ids=str,
+)
+def test_bad_input_of_evaluate_is_refused_and_leaves_nothing(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, words: list[object], parts: list[str]
+) -> None:
+    start = ["evaluate", "--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
+    assert_refused(mend(*start, "--output-dir", tmp_path / "out", *words), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_tokens_are_a_warning_on_stderr(
+    mend: Mend, distiller_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "long.jsonl", [{"input": " ".join([SENTENCE] * 30), "output": "positive"}])
+    words = ["--distiller", distiller_folder, "--demonstrations", tmp_path / "long.jsonl"]
+    result = mend("distill", *words, "--output-dir", tmp_path / "out")
+    assert result.code == 0
+    assert result.err.startswith("warning: ")
+    assert "demonstration tokens were cut away" in result.err
+
+
+BAD_FILES = {
+    "broken.jsonl": ('{"input": "good", "output": "yes"}\n{"input": "bad", "out\n', "broken.jsonl:2"),
+    "no_output.jsonl": ('{"input": "good"}\n', "no_output.jsonl:1"),
+    "number.jsonl": ('{"input": "good", "output": 1}\n', "convert it to text"),
+    "empty.jsonl": ("", "got an empty file"),
+    "demonstrations.csv": ("input,output\n", "convert or rename it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_demonstrations_are_refused_before_a_model_is_loaded(mend: Mend, tmp_path: Path, name: str) -> None:
+    text, remedy = BAD_FILES[name]
+    (tmp_path / name).write_text(text)
+    words = ["--base-model", tmp_path / "is_never_looked_for", "--demonstrations", tmp_path / name]
+    assert_refused(mend("distill", *words, "--output-dir", tmp_path / "out"), remedy)
+    assert_refused(mend("generate", *words, "good film"), remedy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_zstandard_file_is_refused(mend: Mend, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl.zst"
+    path.write_bytes(zstandard.compress((data / "text.jsonl").read_bytes())[:-20])
+    words = ["--base-model", tmp_path / "is_never_looked_for", "--text", path, "--output-dir", tmp_path / "out"]
+    assert_refused(mend("pretrain", *words), "truncated", str(path), "fetch it again")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_tasks_are_refused(mend: Mend, data: Path, tmp_path: Path) -> None:
+    words = ["finetune", "--base-model", tmp_path / "is_never_looked_for", "--output-dir", tmp_path / "out", "--tasks"]
+    partition = tmp_path / "partition.json"
+    partition.write_text('{"train": ["plants"], "test": []}')
+    assert_refused(mend(*words, data / "tasks", "--partition", partition), "'plants'", "nearest: plant")
+    partition.write_text('{"train": ["film"], "test": ["film"]}')
+    assert_refused(mend(*words, data / "tasks", "--partition", partition), "film on both sides")
+    assert_refused(mend(*words, data / "tasks", "--num-demonstrations", "few"), "'few'")
+    assert_refused(mend(*words, data / "tasks", "--num-demonstrations", 2, "--num-eval-tasks", 2), "hold out fewer")
+    assert_refused(mend(*words, data / "tasks", "--num-demonstrations", 50), "ask for fewer demonstrations")
+    row = {"task": "odd", "input": "good", "output": "maybe", "options": ["yes", "no"]}
+    write_lines(tmp_path / "odd.train.jsonl", [row])
+    assert_refused(mend(*words, tmp_path), "odd.train.jsonl:1", "an output among the options")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_that_is_a_file_is_refused(
+    mend: Mend, distiller_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for words in (
+        ["pretrain", "--base-model", tmp_path / "is_never_looked_for", "--text", data / "text.jsonl"],
+        ["finetune", "--base-model", tmp_path / "is_never_looked_for", "--tasks", data / "tasks"],
+        ["evaluate", "--base-model", tmp_path / "is_never_looked_for", "--tasks", data / "tasks"],
+        ["distill", "--distiller", distiller_folder, "--demonstrations", data / "mine.jsonl"],
+    ):
+        assert_refused(mend(*words, "--output-dir", tmp_path / "file"), "got the file", "give another path")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_bad_settings_are_refused(mend: Mend, distiller_folder: Path, data: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "--text", data / "text.jsonl", "--output-dir", tmp_path / "out"]
+    base = ["--base-model", tmp_path / "is_never_looked_for"]
+    assert_refused(mend(*words, *base, "--set", "lorar=4"), "a field of MendConfig", "lora_r", "'lorar=4'")
+    assert_refused(mend(*words, *base, "--set", "lora_r"), "name=value")
+    both = ["--set", "lora_r=-3", "--set", "projection=cubic"]
+    assert_refused(mend(*words, *base, *both), "lora_r: expected at least 0", "projection: expected 'linear'")
+    assert_refused(mend(*words, *base, "--prefix-form", "keys"), "prefix_form: expected 'kv' or 'embeds'")
+    assert_refused(mend(*words, "--distiller", distiller_folder, "--set", "lora_r=4"), "leave them out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_neither_base_model_nor_distiller_is_refused(mend: Mend, data: Path, tmp_path: Path) -> None:
+    for words in (
+        ["pretrain", "--text", data / "text.jsonl", "--output-dir", tmp_path / "out"],
+        ["finetune", "--tasks", data / "tasks", "--num-demonstrations", "2", "--output-dir", tmp_path / "out"],
+        ["distill", "--demonstrations", data / "mine.jsonl", "--output-dir", tmp_path / "out"],
+        ["evaluate", "--tasks", data / "tasks", "--output-dir", tmp_path / "out"],
+        ["generate", "good film"],
+    ):
+        assert_refused(mend(*words), "--base-model", "--distiller", "got neither")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_there_is_refused(mend: Mend, base_folder: Path, data: Path, tmp_path: Path) -> None:
+    mine, nowhere = ["--demonstrations", data / "mine.jsonl"], tmp_path / "nowhere"
+    assert_refused(
+        mend("generate", "--base-model", nowhere, *mine, "good film"), "Expected a base model", str(nowhere)
+    )
+    assert_refused(mend("generate", "--distiller", nowhere, *mine, "good film"), "mend_config.json", str(nowhere))
+    assert_refused(mend("info", nowhere), "mend_config.json", str(nowhere))
+    words = ["generate", "--base-model", base_folder, "--demonstrations"]
+    assert_refused(mend(*words, base_folder, "good film"), "distilled_demonstrations.json", str(base_folder))
+    assert_refused(mend(*words, nowhere, "good film"), "Expected a file", str(nowhere))
+
+
+def test_another_base_model_is_refused(
+    mend: Mend,
+    distiller_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    tiny_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    mine = ["--demonstrations", data / "mine.jsonl"]
+    other = ["--base-model", tmp_path / "gpt2"]
+    result = mend("generate", *other, "--distiller", distiller_folder, *mine, "good film")
+    assert_refused(result, "The distiller belongs to another base model", "architecture: expected LlamaForCausalLM")
+    assert mend("distill", "--distiller", distiller_folder, *mine, "--output-dir", tmp_path / "out").code == 0
+    result = mend("generate", *other, "--demonstrations", tmp_path / "out", "good film")
+    assert_refused(result, "What was distilled belongs to another base model")
