@@ -1,0 +1,137 @@
+"""What the README and the documentation show is run: Python blocks, commands and examples."""
+
+from __future__ import annotations
+
+import copy
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from command_line import run_mend
+from tiny import load_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from weights import NAME
+
+from mend_hf import MendConfig, get_mend_model
+from mend_hf.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+DISTILLER = Path("examples/distillers/smollm2-135m-kv")
+# Added to what a page shows: the same training, only short.
+FEW_ROWS = ["--num-rows", "2", "--batch-size", "2"]
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def read_blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def read_commands(page: Path) -> list[list[str]]:
+    """The command lines of a page as words, without their comments."""
+    lines = [line for block in read_blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def show(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def have_pages(language: str, start: str = "") -> list[Path]:
+    return [
+        page for page in PAGES if any(re.search(f"^{start}", b, re.MULTILINE) for b in read_blocks(page, language))
+    ]
+
+
+def run_blocks(page: Path) -> None:
+    """Run a page's Python blocks in order, in one namespace."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, block in enumerate(read_blocks(page, "python"), start=1):
+        exec(compile(block, f"{page.name}, Python block {number}", "exec"), namespace)
+
+
+def substitute(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> None:
+    """Answer the question for SmolLM2's Hub name with this model and tokenizer."""
+    for auto_class, thing in zip((AutoModelForCausalLM, AutoTokenizer), loaded, strict=True):
+        original: Callable[..., Any] = auto_class.from_pretrained
+
+        def from_pretrained(
+            name: Any, *args: Any, _thing: Any = thing, _original: Any = original, **kwargs: Any
+        ) -> Any:
+            return copy.deepcopy(_thing) if name == NAME else _original(name, *args, **kwargs)
+
+        monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained)
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the examples in it, where tiny models stand for SmolLM2 and for its distiller."""
+    base, tokenizer = load_tiny()
+    base.name_or_path = base.config.name_or_path = tokenizer.name_or_path = NAME
+    (tmp_path / DISTILLER).mkdir(parents=True)
+    get_mend_model(copy.deepcopy(base), MendConfig(num_virtual_tokens=4), tokenizer).save_pretrained(
+        tmp_path / DISTILLER
+    )
+    for path in (ROOT / "examples").iterdir():
+        if path.name != "distillers":
+            (tmp_path / "examples" / path.name).symlink_to(path)
+    substitute(monkeypatch, (base, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", have_pages("python"), ids=show)
+def test_python_blocks_run(page: Path, clone: Path) -> None:
+    run_blocks(page)
+
+
+@pytest.mark.real
+def test_python_blocks_of_the_readme_run_with_smollm2(
+    smollm2: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (ROOT / DISTILLER / "mend_config.json").is_file():
+        pytest.fail(f"Expected the shipped distiller in {DISTILLER}, found none: train it and save it there.")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    substitute(monkeypatch, smollm2)
+    monkeypatch.chdir(tmp_path)
+    run_blocks(README)
+
+
+@pytest.mark.parametrize("page", have_pages("bash"), ids=show)
+def test_commands_exist_and_know_their_options(page: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = typer.main.get_command(app).commands
+    for program, *words in read_commands(page):
+        if program == "mend":
+            assert words[0] in commands, f"mend {words[0]}"
+            commands[words[0]].make_context(words[0], words[1:])
+        elif program == "make":
+            assert words[0] in targets
+        else:
+            assert program == "python"
+            assert (ROOT / words[0]).is_file()
+
+
+@pytest.mark.parametrize("page", have_pages("bash", "mend "), ids=show)
+def test_commands_run(page: Path, clone: Path) -> None:
+    for program, *words in read_commands(page):
+        if program == "mend":
+            extra = FEW_ROWS if words[0] in ("pretrain", "finetune") else []
+            assert run_mend([*words, *extra]) == 0, shlex.join(words)
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "train_two_stages.py"])
+def test_example_runs_with_tiny_weights(name: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len((ROOT / "examples" / name).read_text(encoding="utf-8").splitlines()) < 80
+    monkeypatch.setattr(sys, "argv", [name, "--tiny", "--output-dir", str(clone / "out")])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert any((clone / "out").iterdir())
