@@ -77,28 +77,50 @@ def get_sliding_window(model: PreTrainedModel) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def check_positions(model: PreTrainedModel, attention_mask: Tensor, num_before: int, num_slots: int) -> None:
+def check_length(model: PreTrainedModel, lengths: Tensor) -> None:
+    """Refuse to read more at once than a learned position table holds.
+
+    Args:
+        model: The base model, or the one that distils.
+        lengths (B,): Positions that each row takes up.
+
+    Raises:
+        ShapeError: A row is too long.
+    """
+    limit = get_max_positions(model)
+    if limit is not None and int(lengths.max()) > limit:
+        raise ShapeError(
+            f"Expected at most {limit} tokens at once, for which {type(model).__name__} has positions, got "
+            f"{int(lengths.max())}: lower max_distiller_tokens or num_virtual_tokens, or give fewer demonstrations."
+        )
+
+
+def check_positions(
+    model: PreTrainedModel, attention_mask: Tensor, next_positions: Tensor, num_slots: int, num_new_tokens: int = 0
+) -> None:
     """Refuse a query that would be answered wrongly behind a prefix.
 
     Args:
         model: The base model.
         attention_mask (B, T): Of the query.
-        num_before: The query's first position.
+        next_positions (B,): Each row's first position.
         num_slots: Prefix slots in front of the query.
+        num_new_tokens: Tokens that will be generated and read behind the query.
 
     Raises:
         ShapeError: A learned position table has no room for the query, or padding between prefix and query would push
             the prefix out of a sliding window.
     """
     limit, window, num_tokens = get_max_positions(model), get_sliding_window(model), attention_mask.shape[1]
-    if limit is not None and num_before + num_tokens > limit:
+    if limit is not None and (num_before := int(next_positions.max())) + num_tokens > limit:
         raise ShapeError(
             f"Expected demonstrations and query to fit the base model's {limit} positions, got a query of "
             f"{num_tokens} tokens from position {num_before} on: use fewer demonstrations or a shorter query."
         )
-    if window is not None and num_slots + num_tokens > window and not attention_mask[:, 0].all():
+    num_read = num_slots + num_tokens + num_new_tokens
+    if window is not None and num_read > window and not attention_mask[:, 0].all():
         raise ShapeError(
             f"Expected queries of one length behind a prefix of {num_slots} slots, because padding would use up the "
-            f"base model's sliding window of {window} tokens, got a batch padded on the left to {num_tokens} tokens: "
-            "ask rows of different lengths one by one."
+            f"base model's sliding window of {window} tokens, got a batch padded on the left to {num_tokens} tokens "
+            f"and {num_new_tokens} new ones: ask rows of different lengths one by one."
         )

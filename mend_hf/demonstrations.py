@@ -63,9 +63,18 @@ class EncodedTask:
     text_hash: str
 
     @classmethod
-    def from_ids(cls, input_ids: list[int]) -> EncodedTask:
-        """Take token ids as they are: plain text of one piece, without anchors."""
-        return cls([EncodedChunk(input_ids, [])], 1, len(input_ids), 0, hash_json(input_ids))
+    def from_ids(cls, input_ids: torch.Tensor) -> list[EncodedTask]:
+        """Take token ids (B, D) as they are: a row is plain text of one piece, without anchors.
+
+        Raises:
+            DataError: The ids have another shape, or there are none.
+        """
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise DataError(
+                f"Expected token ids of shape (tasks, tokens), got {tuple(input_ids.shape)}: give one row a task, "
+                "each with at least one token."
+            )
+        return [cls([EncodedChunk(row, [])], 1, len(row), 0, hash_json(row)) for row in input_ids.tolist()]
 
 
 def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]], bool]:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import accepts, get_backbone, get_embedding_width
+from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask
 from mend_hf.errors import ConfigError
@@ -136,12 +136,6 @@ class DemonstrationDistiller(nn.Module):
         self._base = [base_model]  # in a list, and so no submodule: it is not the distiller's to save
         if reader is not None:
             reader.requires_grad_(config.lora_r == 0)
-        if config.lora_r:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
-                inject_adapter_in_model(_lora_config(config), self._model, adapter_name=ADAPTER_NAME)
-            if config.is_shared:
-                self._switch_adapter(enabled=False)
         num_vectors, base_width = config.num_virtual_tokens, get_embedding_width(base_model)
         width = get_embedding_width(self._model)
         self.placeholders = nn.Parameter(_initial_rows(self._model, num_vectors, reader_prompt_ids))  # [V, R]
@@ -151,6 +145,8 @@ class DemonstrationDistiller(nn.Module):
             self.projection = nn.Linear(width, base_width)
             nn.init.zeros_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
+        if config.lora_r:
+            self._add_adapter()
         self.to(base_model.device)
 
     @property
@@ -184,15 +180,33 @@ class DemonstrationDistiller(nn.Module):
 
     def remove_adapter(self) -> None:
         """Take the LoRA matrices out of the model that reads and leave its own layers in their places."""
-        for name, layer in [(n, m) for n, m in self._model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        for name, layer in self._adapter_layers():
             parent, _, child = name.rpartition(".")
             setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
-        if hasattr(self._model, "peft_config"):
+        if self.config.lora_r and hasattr(self._model, "peft_config"):
             del self._model.peft_config
 
     def adapter_layers(self) -> list[BaseTunerLayer]:
-        """Return the layers that carry LoRA matrices."""
-        return [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+        """Return the layers that carry this distiller's LoRA matrices."""
+        return [layer for _, layer in self._adapter_layers()]
+
+    def _adapter_layers(self) -> list[tuple[str, BaseTunerLayer]]:
+        if not self.config.lora_r:
+            return []
+        return [(name, module) for name, module in self._model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+    def _add_adapter(self) -> None:
+        """Put LoRA matrices into the model that reads; into a base model switched off."""
+        if self.adapter_layers():
+            raise ConfigError(
+                "Expected a base model without LoRA layers, got one that has some: unload() the MendModel around it "
+                "first, or merge the adapter that it came with."
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
+            inject_adapter_in_model(_lora_config(self.config), self._model, adapter_name=ADAPTER_NAME)
+        if self.config.is_shared:
+            self._switch_adapter(enabled=False)
 
     @contextmanager
     def adapter_on(self) -> Iterator[None]:
@@ -250,8 +264,9 @@ class DemonstrationDistiller(nn.Module):
 
     def _read_vectors(self, embeddings: Tensor, mask: Tensor, past: EmbeddingPrefix | None) -> EmbeddingPrefix:
         if past is not None:
-            embeddings = torch.cat([past.vectors, embeddings], dim=1)
+            embeddings = torch.cat([past.vectors.to(embeddings.dtype), embeddings], dim=1)
             mask = torch.cat([past.mask.to(mask.dtype), mask], dim=1)
+        check_length(self._model, mask.sum(1))
         positions = {"position_ids": positions_of(mask)} if accepts(self._backbone, "position_ids") else {}
         output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, **positions)
         hidden = output.last_hidden_state[:, -self.config.num_virtual_tokens :]  # [N, V, R]
@@ -279,10 +294,11 @@ class DemonstrationDistiller(nn.Module):
             cache, past_mask = DynamicCache(), mask[:, :0]
             keep = keep | (mask.bool() & (mask.cumsum(1) == 1))
         else:
-            cache, past_mask = make_cache(past, self._model), past.mask.to(mask.dtype)
+            cache, past_mask = make_cache(past), past.mask.to(mask.dtype)
             positions = positions + past.next_positions[:, None]
             lengths = lengths + past.next_positions
             keep = torch.cat([past.mask, keep], dim=1)
+        check_length(self._model, lengths)
         self._backbone(
             inputs_embeds=embeddings,
             attention_mask=torch.cat([past_mask, mask], dim=1),

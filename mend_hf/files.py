@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def write_folder(save_directory: str | Path) -> Iterator[Path]:
         The temporary folder.
     """
     folder = check_output_folder(save_directory)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -105,3 +106,6 @@ def write_folder(save_directory: str | Path) -> Iterator[Path]:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty: all went well
+                folder.rmdir()

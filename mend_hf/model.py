@@ -23,7 +23,7 @@ from mend_hf.artifact import DistilledDemonstrations, describe_origin
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
 from mend_hf.distiller import DemonstrationBatch, DemonstrationDistiller, load_reader
-from mend_hf.errors import DataError, ShapeError
+from mend_hf.errors import CheckpointError, DataError, ShapeError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
 from mend_hf.prefix import (
@@ -31,6 +31,7 @@ from mend_hf.prefix import (
     KeyValuePrefix,
     Prefix,
     continue_inputs,
+    count_new_tokens,
     generation_inputs,
     move,
     read_embeddings,
@@ -68,9 +69,7 @@ class MendModel(PushToHubMixin, nn.Module):
             prefix_form=config.prefix_form or ("kv" if config.is_shared else "embeds"),
             placeholder_initialization=config.placeholder_initialization or ("prompt" if tokenizer else "vocabulary"),
         )
-        self._before = (base_model.training, {n: p.requires_grad for n, p in base_model.named_parameters()})
-        base_model.requires_grad_(False)
-        self.base_model = base_model.eval()
+        self._before = (base_model.training, [(p, p.requires_grad) for p in base_model.parameters()])
         reader, self.distiller_tokenizer = None, tokenizer
         if not config.is_shared:
             reader = load_reader(config).to(base_model.device)
@@ -80,6 +79,9 @@ class MendModel(PushToHubMixin, nn.Module):
         if self.mend_config.placeholder_initialization == "prompt":
             prompts = (self.prompt.empty_prompt_ids, self.distiller_prompt.empty_prompt_ids)
         self.distiller = DemonstrationDistiller(self.mend_config, base_model, reader, *prompts)
+        for parameter, _ in self._before[1]:  # only now: an error above leaves the base model as it was
+            parameter.requires_grad_(False)
+        self.base_model = base_model.eval()
         self._source: str | None = None
         self._bound: DistilledDemonstrations | None = None
         self._is_disabled = False
@@ -190,9 +192,9 @@ class MendModel(PushToHubMixin, nn.Module):
         else:
             columns = (demo_input_ids, demo_attention_mask, demo_anchor_mask, demo_task_rows)
             prefix = self.distiller(DemonstrationBatch.from_columns(*columns))
-        if prefix is None or self._is_disabled:
+        query = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if query is None or prefix is None or self._is_disabled:
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        query = kwargs["inputs_embeds"] if input_ids is None else input_ids
         if attention_mask is None:
             attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
         key_values = self.to_key_values(prefix)
@@ -231,13 +233,9 @@ class MendModel(PushToHubMixin, nn.Module):
             raise DataError("Expected a query of at least one token as input_ids (rows, tokens) or text, got none.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        key_values = self._fit(self.to_key_values(prefix), attention_mask)
-        settings = generation.get("generation_config") or self.base_model.generation_config
-        num_copies = max(
-            generation.get("num_beams", settings.num_beams) or 1,
-            generation.get("num_return_sequences", settings.num_return_sequences) or 1,
-        )
-        inputs = generation_inputs(key_values, attention_mask, self.base_model, num_copies)
+        num_new_tokens = count_new_tokens(input_ids.shape[1], self.base_model, generation)
+        key_values = self._fit(self.to_key_values(prefix), attention_mask, num_new_tokens)
+        inputs = generation_inputs(key_values, attention_mask, self.base_model, generation)
         return self.base_model.generate(input_ids, **inputs, **generation)
 
     def answer(self, queries: Sequence[str], demonstrations: Any | None = None, **generation: Any) -> list[str]:
@@ -275,18 +273,16 @@ class MendModel(PushToHubMixin, nn.Module):
         """Set the distiller to training mode; the base model stays in evaluation mode, without dropout."""
         super().train(mode)
         self.base_model.eval()
-        if self.mend_config.is_shared:
-            for layer in self.distiller.adapter_layers():
-                layer.lora_dropout.train(mode)
+        for layer in self.distiller.adapter_layers():
+            layer.lora_dropout.train(mode)
         return self
 
     def unload(self) -> PreTrainedModel:
         """Return the base model as it was before it was wrapped; this model is of no use afterwards."""
         self.distiller.remove_adapter()
-        was_training, required_grad = self._before
-        for name, parameter in self.base_model.named_parameters():
-            parameter.requires_grad_(required_grad[name])
-        return self.base_model.train(was_training)
+        for parameter, required_grad in self._before[1]:
+            parameter.requires_grad_(required_grad)
+        return self.base_model.train(self._before[0])
 
     def save_pretrained(
         self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **push_to_hub: Any
@@ -323,9 +319,14 @@ class MendModel(PushToHubMixin, nn.Module):
         Raises:
             CheckpointError: Files are missing or damaged, or belong to another base model.
         """
-        config = config or MendConfig.from_pretrained(name_or_path, **hub)
+        saved = MendConfig.from_pretrained(name_or_path, **hub)
+        config = dataclasses.replace(config or saved, base_model_fingerprint=saved.base_model_fingerprint)
         model = cls(base_model, config, tokenizer)
-        model.load_distiller(name_or_path, **hub)
+        try:
+            model.load_distiller(name_or_path, **hub)
+        except CheckpointError:
+            model.unload()
+            raise
         return model.eval()
 
     def load_distiller(self, name_or_path: str | Path, **hub: Any) -> None:
@@ -376,18 +377,17 @@ class MendModel(PushToHubMixin, nn.Module):
 
     def _encode(self, demonstrations: Any) -> list[EncodedTask]:
         if isinstance(demonstrations, Tensor):
-            return [EncodedTask.from_ids(row) for row in demonstrations.tolist()]
-        tasks, _ = parse_demonstrations(demonstrations)
-        return [self.distiller_prompt.encode_demonstrations(task) for task in tasks]
+            return EncodedTask.from_ids(demonstrations)
+        return [self.distiller_prompt.encode_demonstrations(task) for task in parse_demonstrations(demonstrations)[0]]
 
     def _distil(self, encoded: list[EncodedTask]) -> Prefix:
         pad_token_id = self.distiller_prompt.pad_token_id if self.distiller_tokenizer else 0
         batch = DemonstrationBatch.from_tasks(encoded, pad_token_id)
         return self.distiller(batch.to(self.device))
 
-    def _fit(self, prefix: KeyValuePrefix, attention_mask: Tensor) -> KeyValuePrefix:
+    def _fit(self, prefix: KeyValuePrefix, attention_mask: Tensor, num_new_tokens: int = 0) -> KeyValuePrefix:
         """Give every row of a batch its prefix, and see to it that the base model can read both."""
-        check_positions(self.base_model, attention_mask, int(prefix.next_positions.max()), prefix.num_slots)
+        check_positions(self.base_model, attention_mask, prefix.next_positions, prefix.num_slots, num_new_tokens)
         num_rows = attention_mask.shape[0]
         if len(prefix) == num_rows:
             return prefix

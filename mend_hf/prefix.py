@@ -8,7 +8,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import get_backbone
+from mend_hf.architectures import check_length, get_backbone
 from mend_hf.errors import ShapeError
+
+DEFAULT_MAX_LENGTH = 20  # of `generate`, where neither the caller nor the model says how long
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,9 @@ def read_embeddings(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) ->
 
     Returns:
         A prefix of N slots.
+
+    Raises:
+        ShapeError: The embeddings are of another width, or more than the model's position table holds.
     """
     width = model.get_input_embeddings().weight.shape[1]
     if embeddings.dim() != 3 or embeddings.shape[-1] != width:
@@ -216,6 +221,7 @@ def read_embeddings(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) ->
             f"Expected vectors of shape (tasks, virtual tokens, {width}) for this base model, got "
             f"{tuple(embeddings.shape)}. They were distilled for another base model: distil again with this one."
         )
+    check_length(model, mask.sum(1))
     cache = DynamicCache()
     get_backbone(model)(
         inputs_embeds=embeddings,
@@ -243,9 +249,14 @@ def positions_of(mask: Tensor, start: Tensor | None = None) -> Tensor:
     return positions if start is None else positions + start[:, None]
 
 
-def make_cache(prefix: KeyValuePrefix, model: PreTrainedModel) -> DynamicCache:
-    """Return a fresh cache that holds the prefix; a forward pass appends to it and leaves the prefix alone."""
-    cache = DynamicCache(config=model.config)
+def make_cache(prefix: KeyValuePrefix, model: PreTrainedModel | None = None) -> DynamicCache:
+    """Return a fresh cache that holds the prefix; a forward pass appends to it and leaves the prefix alone.
+
+    Args:
+        prefix: What it holds.
+        model: Decides which layers forget what a sliding window has left behind; None: every layer keeps everything.
+    """
+    cache = DynamicCache() if model is None else DynamicCache(config=model.config)
     for layer_index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         cache.update(keys, values, layer_index)
     return cache
@@ -270,7 +281,7 @@ def continue_inputs(prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTr
 
 
 def generation_inputs(
-    prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTrainedModel, num_copies: int
+    prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTrainedModel, generation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what `generate` needs beside the query's ids to go on from a prefix.
 
@@ -278,17 +289,31 @@ def generation_inputs(
         prefix: B rows, on the model's device.
         attention_mask (B, T): Of the query alone.
         model: The base model that generates.
-        num_copies: Beams or returned sequences a row: `generate` repeats masks and positions itself, but no cache.
+        generation: What else goes to `generate`. It repeats masks and positions for every beam and returned sequence
+            itself, but no cache.
 
     Returns:
         As `continue_inputs`, with `position_ids` (B, S + T), from which `generate` slices what a pass reads.
     """
     inputs = continue_inputs(prefix, attention_mask, model)
+    settings = generation.get("generation_config") or model.generation_config
+    num_copies = max(
+        generation.get(name, getattr(settings, name)) or 1 for name in ("num_beams", "num_return_sequences")
+    )
     if num_copies > 1:
         inputs["past_key_values"].batch_repeat_interleave(num_copies)
     unread = attention_mask.new_zeros(len(prefix), prefix.num_slots)
     inputs["position_ids"] = torch.cat([unread, inputs["position_ids"]], dim=1)
     return inputs
+
+
+def count_new_tokens(num_tokens: int, model: PreTrainedModel, generation: Mapping[str, Any]) -> int:
+    """Return how many new tokens `generate` reads at most behind a query of `num_tokens`; the last one is not read."""
+    settings = generation.get("generation_config") or model.generation_config
+    max_new_tokens = generation.get("max_new_tokens", settings.max_new_tokens)
+    if max_new_tokens is None:
+        max_new_tokens = (generation.get("max_length", settings.max_length) or DEFAULT_MAX_LENGTH) - num_tokens
+    return max(max_new_tokens - 1, 0)
 
 
 def move(prefix: Prefix, device: torch.device, dtype: torch.dtype) -> Prefix:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from mend_hf.data.collator import MendCollator
 from mend_hf.errors import ConfigError, DataError
@@ -70,6 +71,7 @@ class MendTrainer(Trainer):
                 with_teacher=args.kd_loss_weight > 0,
             )
         self._sums: dict[str, float] = defaultdict(float)
+        self._num_logged_steps = 0
         self._eval_sums: dict[str, float] = defaultdict(float)
         self._num_kd_tokens: Tensor | None = None
         super().__init__(
@@ -117,7 +119,7 @@ class MendTrainer(Trainer):
             )
         weights = {"nll_loss": self.args.nll_loss_weight, "kd_loss": self.args.kd_loss_weight}
         loss = sum((weights[name] * value for name, value in losses.items()), start=logits.new_zeros(()))
-        self._note(losses, in_training)
+        self._note(losses, in_training, num_rows=len(logits))
         if in_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -141,6 +143,7 @@ class MendTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Collect the batches of one step and count the tokens that each loss is averaged over."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_logged_steps += 1
         masks = [batch["attention_mask"].bool() for batch in batches]
         count = sum((mask[:, 1:] & mask[:, :-1]).sum() for mask in masks)
         if isinstance(count, Tensor):
@@ -156,33 +159,32 @@ class MendTrainer(Trainer):
         """Return the loss alone: logits of a whole vocabulary are not gathered."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, and report the two losses apart."""
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        self._eval_sums = defaultdict(float)
-        metrics = super().evaluate(*args, **kwargs)
-        sums = self._eval_sums
-        parts = {
-            f"{prefix}_{name}": sums[name] / sums[f"num_{name}"] for name in ("nll_loss", "kd_loss") if name in sums
-        }
-        self.log(parts)
-        return metrics | parts
+        sums = self._eval_sums = defaultdict(float)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name in ("nll_loss", "kd_loss"):
+            if name in sums:
+                output.metrics[f"{metric_key_prefix}_{name}"] = sums[name] / sums[f"num_{name}"]
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the two losses apart beside the training loss."""
         if "loss" in logs:
-            steps = max(self.state.global_step - self._sums["last_step"], 1)
             for name in ("nll_loss", "kd_loss"):
                 if name in self._sums:
-                    logs[name] = round(self._sums[name] / steps, 6)
-            self._sums = defaultdict(float, {"last_step": self.state.global_step})
+                    logs[name] = round(self._sums[name] / max(self._num_logged_steps, 1), 6)
+            self._sums, self._num_logged_steps = defaultdict(float), 0
         super().log(logs, start_time)
 
-    def _note(self, losses: dict[str, Tensor], in_training: bool) -> None:
-        sums = self._sums if in_training else self._eval_sums
+    def _note(self, losses: dict[str, Tensor], in_training: bool, num_rows: int) -> None:
+        """Add up the losses: in training of one step's batches, in evaluation weighted by rows as `eval_loss` is."""
         for name, value in losses.items():
-            sums[name] += value.item()
-            sums[f"num_{name}"] += 1
+            if in_training:
+                self._sums[name] += value.item()
+            else:
+                self._eval_sums[name] += value.item() * num_rows
+                self._eval_sums[f"num_{name}"] += num_rows
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from mend_hf import MendCollator, MendConfig
 from mend_hf.demonstrations import PromptEncoder
@@ -107,3 +108,40 @@ def test_malformed_rows_are_refused(collator, row, remedy):
 
 def test_all_columns_are_tensors(collator):
     assert all(isinstance(column, torch.Tensor) for column in collator()([ROW]).values())
+
+
+def test_a_batch_on_literal_numbers():
+    class NumberTokenizer:
+        bos_token_id, pad_token_id = 1, 0
+
+        def __call__(self, text, add_special_tokens=True):
+            return BatchEncoding({"input_ids": [1] * add_special_tokens + [int(word) for word in text.split()]})
+
+    config = MendConfig(input_prefix="", output_prefix="7", answer_prefix="", demonstration_separator="8")
+    rows = [
+        {"demonstrations": [("20 21", "30")], "query": ["22", "23 24"], "target": ["31", "30 32"]},
+        {"demonstrations": [{"input": "25", "output": "31"}] * 2, "query": "26", "target": "30"},
+    ]
+    batch = MendCollator(NumberTokenizer(), config)(rows)
+    ignored = -100
+    assert {name: column.int().tolist() for name, column in batch.items()} == {
+        "demo_input_ids": [[0, 0, 0, 1, 20, 21, 7, 30, 8], [1, 25, 7, 31, 8, 25, 7, 31, 8]],
+        "demo_attention_mask": [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9],
+        "demo_anchor_mask": [[0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 0, 1, 1, 1]],
+        "demo_task_rows": [0, 1],
+        "query_task_rows": [0, 0, 1],
+        "teacher_input_ids": [[0, 0, 0, 1, 20, 21, 7, 30, 8], [1, 25, 7, 31, 8, 25, 7, 31, 8]],
+        "teacher_attention_mask": [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9],
+        "input_ids": [[0, 0, 22, 7, 31, 8], [23, 24, 7, 30, 32, 8], [0, 0, 26, 7, 30, 8]],
+        "attention_mask": [[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]],
+        "labels": [
+            [ignored, ignored, ignored, ignored, 31, ignored],
+            [ignored, ignored, ignored, 30, 32, ignored],
+            [ignored, ignored, ignored, ignored, 30, ignored],
+        ],
+    }
+
+
+def test_a_row_that_holds_a_batch_of_tasks_is_refused(collator):
+    with pytest.raises(DataError, match=r"Row 1: .*make every task a row of its own"):
+        collator()([ROW, {**ROW, "demonstrations": [[("a", "b")], [("c", "d")]]}])

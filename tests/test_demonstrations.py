@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from transformers import BatchEncoding
 
 from mend_hf import Demonstration, MendConfig
 from mend_hf.demonstrations import PromptEncoder, parse_demonstrations
@@ -146,3 +147,69 @@ def test_queries_are_padded_on_the_left(encoder):
 def test_text_without_a_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="pass tokenizer="):
         PromptEncoder(None, MendConfig())
+
+
+class NumberTokenizer:
+    """Reads numbers: "3 4" has the ids 3 and 4. Begins texts with 1, where asked to."""
+
+    def __init__(self, bos_token_id=None):
+        self.bos_token_id = bos_token_id
+        self.pad_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        bos = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return BatchEncoding({"input_ids": bos + [int(word) for word in text.split()]})
+
+    def decode(self, ids):
+        return "." if ids == [9] else "word"
+
+
+NUMBERS = {"input_prefix": "", "output_prefix": "7", "answer_prefix": "", "demonstration_separator": "8"}
+
+
+@pytest.mark.parametrize(
+    ("bos", "settings", "demonstrations", "ids", "anchors"),
+    [
+        (None, {}, [("20 21", "30")], [20, 21, 7, 30, 8], [2, 3, 4]),
+        (1, {}, [("20 21", "30")], [1, 20, 21, 7, 30, 8], [3, 4, 5]),
+        (1, {}, [("20", "30"), ("21", "31 32")], [1, 20, 7, 30, 8, 21, 7, 31, 32, 8], [2, 3, 4, 6, 7, 8, 9]),
+        (None, {"demonstration_separator": ""}, [("20", "30"), ("21", "31")], [20, 7, 30, 21, 7, 31], [1, 2, 4, 5]),
+        (None, {"max_anchor_tokens_per_demonstration": 1}, [("20", "30")], [20, 7, 30, 8], [1]),
+        (None, {"max_anchor_tokens_per_demonstration": 3}, [("20", "30 31 32")], [20, 7, 30, 31, 32, 8], [1, 2, 5]),
+        (None, {"anchor_tokens": "none"}, [("20", "30")], [20, 7, 30, 8], []),
+        (
+            None,
+            {"max_demonstration_tokens": 8},
+            [("20 21 22 23 24 25 26", "30")],
+            [20, 21, 22, 23, 24, 7, 30, 8],
+            [5, 6, 7],
+        ),
+        (1, {}, [("20 9 21 9", None)], [1, 20, 9, 21, 9], [2, 4]),
+    ],
+)
+def test_ids_and_anchors_on_literal_numbers(bos, settings, demonstrations, ids, anchors):
+    prompt = PromptEncoder(NumberTokenizer(bos), MendConfig(**NUMBERS | settings))
+    [chunk] = prompt.encode_demonstrations([Demonstration(*item) for item in demonstrations], warn=False).chunks
+    assert (chunk.input_ids, chunk.anchor_positions) == (ids, anchors)
+
+
+def test_the_warning_counts_the_tokens_lost_and_the_result_is_the_same_every_time():
+    prompt = PromptEncoder(NumberTokenizer(), MendConfig(**NUMBERS, max_demonstration_tokens=8))
+    long = [Demonstration(" ".join(map(str, range(20, 40))), "30"), Demonstration("20", "30")]
+    with pytest.warns(UserWarning, match=r"^15 of 27 demonstration tokens were cut away"):
+        first = prompt.encode_demonstrations(long)
+    assert (first.num_lost_tokens, first.num_tokens, first.num_demonstrations) == (15, 12, 2)
+    assert prompt.encode_demonstrations(long, warn=False) == first
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "concat", "recurrent"])
+@pytest.mark.parametrize("window", [8, 11, 60])
+def test_no_chunk_is_longer_than_the_window_and_no_token_is_lost_uncounted(overflow, window):
+    config = MendConfig(**NUMBERS, overflow=overflow, max_distiller_tokens=window, max_demonstration_tokens=10)
+    prompt = PromptEncoder(NumberTokenizer(1), config)
+    demonstrations = [Demonstration(" ".join(["20"] * length), "30 31") for length in (1, 20, 3, 5, 2)]
+    task = prompt.encode_demonstrations(demonstrations, warn=False)
+    assert max(len(chunk.input_ids) for chunk in task.chunks) <= window
+    num_given = sum(len(item.input.split()) + 4 for item in demonstrations)
+    assert task.num_tokens + task.num_lost_tokens - len(task.chunks) == num_given
+    assert (len(task.chunks) == 1) == (overflow == "truncate" or window == 60)

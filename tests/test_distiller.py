@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mend_hf import Demonstration, MendConfig, MendModel, get_mend_model
 from mend_hf.distiller import DemonstrationBatch
-from mend_hf.errors import ConfigError
+from mend_hf.errors import ConfigError, ShapeError
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive"), ("bad food", "negative")]
 LONG = SHOTS * 3
@@ -216,3 +216,85 @@ def test_token_ids_can_be_distilled_without_a_tokenizer(tiny_model):
     assert model(input_ids=torch.tensor([[5, 6]]), demonstrations=distilled[0]).logits.shape[1] == 2
     with pytest.raises(ConfigError, match="pass tokenizer="):
         model.distill(SHOTS)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "opt", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("form", ["kv", "embeds"])
+def test_steps_from_birth_move_all_that_is_trained_and_nothing_else(tiny_model, tokenizer, name, form):
+    """B is zero at birth and so is A's gradient, and before them the projection's: it takes three steps."""
+    torch.manual_seed(3)
+    base = tiny_model(name)
+    before_base = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    model = get_mend_model(base, MendConfig(num_virtual_tokens=3, lora_r=2, prefix_form=form), tokenizer).train()
+    trained = dict(model.distiller.trained_tensors())
+    before = {key: tensor.detach().clone() for key, tensor in trained.items()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    query = model.tokenize("moving and funny")
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**query, labels=query["input_ids"], demonstrations=SHOTS).loss.backward()
+        optimizer.step()
+    still = {key for key, tensor in trained.items() if tensor.equal(before[key])}
+    # the kv form ends with the last layer's keys and values: what that layer does after them reaches nobody
+    assert all(form == "kv" and ".2." in key and "k_proj" not in key and "v_proj" not in key for key in still)
+    after_base = model.unload().state_dict()
+    assert all(after_base[key].equal(tensor) for key, tensor in before_base.items())
+
+
+def test_a_separate_distiller_has_nothing_to_do_with_adapters_on_the_base_model(tiny_model, tokenizer, reader_folder):
+    base = tiny_model("llama")
+    shared = get_mend_model(base, MendConfig(num_virtual_tokens=3), tokenizer).eval()
+    expected = shared.distill(SHOTS).prefix.keys[-1]
+    config = MendConfig(distiller_name_or_path=reader_folder, lora_r=2, num_virtual_tokens=3)
+    separate = get_mend_model(base, config, tokenizer).eval()
+    assert separate.distill(SHOTS).vectors.shape == (1, 3, 32)
+    separate.unload()
+    assert shared.distill(SHOTS).prefix.keys[-1].equal(expected)
+
+
+def test_a_reader_with_too_small_a_position_table_is_refused(tiny_model, tokenizer, reader_folder):
+    config = MendConfig(distiller_name_or_path=reader_folder, lora_r=0, num_virtual_tokens=3)
+    model = get_mend_model(tiny_model("llama"), config, tokenizer)
+    with pytest.raises(ShapeError, match="at most 256 tokens at once, for which GPT2Model has positions"):
+        model.distill(SHOTS * 12)
+
+
+class TestTwoModelsOnOneBaseModel:
+    def test_a_second_adapter_is_refused_and_the_first_stays_whole(self, tiny_model, tokenizer):
+        base = tiny_model("llama")
+        first = get_mend_model(base, MendConfig(num_virtual_tokens=3), tokenizer).eval()
+        before = first.distiller.content_hash()
+        with pytest.raises(ConfigError, match=r"unload\(\) the MendModel around it first"):
+            get_mend_model(base, MendConfig(num_virtual_tokens=3, lora_r=4), tokenizer)
+        assert first.distiller.content_hash() == before
+        assert all(tensor.requires_grad for _, tensor in first.distiller.trained_tensors())
+        again = get_mend_model(first.unload(), MendConfig(num_virtual_tokens=3, lora_r=4), tokenizer)
+        assert again.distiller.adapter_layers()[0].r == {"mend": 4}
+
+    def test_training_free_anchors_never_switch_another_models_adapter_on(self, tiny_model, tokenizer):
+        base = tiny_model("llama")
+        settings = MendConfig(num_virtual_tokens=0, lora_r=0)
+        expected = get_mend_model(tiny_model("llama"), settings, tokenizer).distill(SHOTS).prefix.keys
+        early = get_mend_model(base, settings, tokenizer)
+        model = get_mend_model(base, MendConfig(num_virtual_tokens=3), tokenizer).eval()
+        with torch.no_grad():
+            for _, tensor in model.distiller.trained_tensors():
+                tensor.add_(0.1)
+        trained = keys_of(model, SHOTS)
+        late = get_mend_model(base, settings, tokenizer)
+        for anchors in (early, late):
+            assert all(a.equal(b) for a, b in zip(anchors.distill(SHOTS).prefix.keys, expected, strict=True))
+            anchors.unload()
+        assert keys_of(model, SHOTS).equal(trained)
+
+    @pytest.mark.parametrize("settings", [{"num_virtual_tokens": 100_000}, {"lora_target_modules": ("no_such",)}])
+    def test_a_failed_wrapping_leaves_the_base_model_as_it_was(self, tiny_model, tokenizer, settings):
+        base = tiny_model("llama").train()
+        names = [(name, type(module)) for name, module in base.named_modules()]
+        with pytest.raises(ValueError, match=r"use fewer|no_such"):
+            get_mend_model(base, MendConfig(**settings), tokenizer)
+        assert [(name, type(module)) for name, module in base.named_modules()] == names
+        assert all(parameter.requires_grad for parameter in base.parameters())
+        assert base.training
+        assert get_mend_model(base, MendConfig(num_virtual_tokens=3), tokenizer).distill(SHOTS).num_slots > 3

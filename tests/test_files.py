@@ -38,3 +38,13 @@ def test_a_cut_off_tensor_file_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\x10\x00\x00")
     with pytest.raises(CheckpointError, match="fetch it again"):
         read_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_failing_first_save_leaves_no_folder(tmp_path):
+    def save():
+        with write_folder(tmp_path / "new"):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save()
+    assert not list(tmp_path.iterdir())

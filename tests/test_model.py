@@ -12,7 +12,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mend_hf import AutoMendModel, MendConfig, MendModel, get_mend_model
+from mend_hf import (
+    AutoMendModel,
+    DistilledDemonstrations,
+    MendCollator,
+    MendConfig,
+    MendModel,
+    get_mend_model,
+)
 from mend_hf.errors import CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
 
 SHOTS = [("great film", "positive"), ("a bore", "negative")]
@@ -207,3 +214,74 @@ def test_models_that_cannot_read_a_prefix_are_refused(build, remedy):
 def test_a_model_without_explicit_positions_is_refused(tiny_model):
     with pytest.raises(UnsupportedModelError, match="lacks position_ids"):
         get_mend_model(tiny_model("bloom"), MendConfig())
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 0), (0, 3), (1, 2, 3)])
+def test_token_ids_of_another_shape_are_refused(model, shape):
+    with pytest.raises(DataError, match="one row a task"):
+        model.distill(torch.ones(shape, dtype=torch.long))
+
+
+def test_refused_demonstrations_leave_those_that_are_bound(model):
+    query = model.tokenize("bad")
+    model.set_demonstrations(SHOTS)
+    expected = model(**query).logits
+    for bad in ([], [("a", 1)]):
+        with pytest.raises(DataError):
+            model.set_demonstrations(bad)
+        with pytest.raises(DataError), model.use_demonstrations(bad):
+            pass
+    assert model(**query).logits.equal(expected)
+
+
+def test_disable_adapter_is_undone_also_by_an_error(model):
+    query = model.tokenize("bad")
+    expected = model(**query, demonstrations=SHOTS).logits
+
+    def fail():
+        with model.disable_adapter(), model.disable_adapter():
+            assert not model(**query, demonstrations=SHOTS).logits.equal(expected)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert model(**query, demonstrations=SHOTS).logits.equal(expected)
+
+
+@pytest.mark.parametrize("form", ["kv", "embeds"])
+def test_sequences_returned_for_a_batch_of_tasks_belong_to_their_rows(tiny_model, tokenizer, form):
+    torch.manual_seed(0)
+    model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3, prefix_form=form), tokenizer).eval()
+    distilled = model.distill([SHOTS, SHOTS[:1]])
+    settings = {**GREEDY, "num_beams": 3, "num_return_sequences": 3}
+    together = model.generate(["bad", "good"], demonstrations=distilled, **settings).reshape(2, 3, -1)
+    for row, query in enumerate(["bad", "good"]):
+        alone = model.generate(query, demonstrations=distilled[row], **settings)
+        for beam in range(3):
+            got = together[row, beam].tolist()
+            expected = alone[beam].tolist()
+            assert got[: len(expected)] == expected
+
+
+def test_sampling_with_one_seed_gives_the_same_tokens_raw_distilled_and_loaded(model, tmp_path):
+    distilled = model.distill(SHOTS)
+    distilled.save_pretrained(tmp_path)
+    results = []
+    for demonstrations in (SHOTS, distilled, DistilledDemonstrations.from_pretrained(tmp_path), None):
+        torch.manual_seed(11)
+        settings = {**GREEDY, "do_sample": True, "num_return_sequences": 4, "max_new_tokens": 8}
+        results.append(model.generate("bad", demonstrations=demonstrations, **settings).tolist())
+    assert results[0] == results[1] == results[2] != results[3]
+
+
+def test_gradients_flow_through_the_columns_of_the_collator(model):
+    rows = [{"demonstrations": SHOTS, "query": "bad", "target": "negative"}]
+    batch = MendCollator(model.tokenizer, model.mend_config, with_teacher=False)(rows)
+    loss = model(**batch).loss
+    loss.backward()
+    assert model.distiller.placeholders.grad.any()
+    labels = batch["labels"]
+    raw = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, demonstrations=SHOTS
+    )
+    torch.testing.assert_close(raw.loss, loss)

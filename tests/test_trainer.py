@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from mend_hf import MendCollator, MendConfig, MendTrainer, MendTrainingArguments, get_mend_model
 from mend_hf.errors import CheckpointError, ConfigError, DataError
@@ -233,3 +241,102 @@ def test_a_batch_without_a_teacher_is_refused_where_one_is_needed(model, argumen
     batch = MendCollator(model.tokenizer, model.mend_config, with_teacher=False)(ROWS[:2])
     with pytest.raises(DataError, match="with_teacher=True"):
         trainer.compute_loss(model, batch)
+
+
+def test_the_losses_apart_add_up_to_the_whole_in_every_log_also_after_resuming(tiny_model, tokenizer, arguments):
+    for resume in (False, True):
+        torch.manual_seed(0)
+        model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3, lora_r=2), tokenizer)
+        args = arguments(
+            save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=1,
+            logging_steps=2, max_steps=6,
+        )  # fmt: skip
+        trainer = MendTrainer(model=model, args=args, train_dataset=ROWS)
+        trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2" if resume else None)
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(entries) == 3
+        for entry in entries:
+            assert entry["nll_loss"] + entry["kd_loss"] == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_evaluation_over_batches_of_different_sizes_adds_up_too(model, arguments):
+    args = arguments(per_device_eval_batch_size=2, nll_loss_weight=0.5, kd_loss_weight=2.0)
+    trainer = MendTrainer(model=model, args=args, train_dataset=ROWS)
+    for prefix, metrics in {
+        "eval": trainer.evaluate(ROWS[:5]),
+        "other": trainer.evaluate(ROWS[:5], metric_key_prefix="other"),
+        "test": trainer.predict(ROWS[:5]).metrics,
+    }.items():
+        parts = 0.5 * metrics[f"{prefix}_nll_loss"] + 2.0 * metrics[f"{prefix}_kd_loss"]
+        assert parts == pytest.approx(metrics[f"{prefix}_loss"], rel=1e-4)
+
+
+def test_several_evaluation_sets_are_reported_one_by_one(model, arguments):
+    trainer = MendTrainer(
+        model=model, args=arguments(), train_dataset=ROWS, eval_dataset={"a": ROWS[:2], "b": ROWS[2:5]}
+    )
+    metrics = trainer.evaluate()
+    assert {name for name in metrics if name.endswith("_kd_loss")} == {"eval_a_kd_loss", "eval_b_kd_loss"}
+    alone = trainer.evaluate(ROWS[:2])
+    assert metrics["eval_a_kd_loss"] == pytest.approx(alone["eval_kd_loss"])
+
+
+def test_early_stopping_may_watch_a_loss_of_ours(model, arguments):
+    args = arguments(
+        max_steps=6, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.0,
+        load_best_model_at_end=True, metric_for_best_model="eval_kd_loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer = MendTrainer(
+        model=model, args=args, train_dataset=ROWS, eval_dataset=ROWS[:3], callbacks=[EarlyStoppingCallback(1)]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_stock_trainers_checkpoint_is_loaded_again(tiny_model, tokenizer, tmp_path):
+    def train(folder, **resume):
+        torch.manual_seed(0)
+        model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3, lora_r=2), tokenizer)
+        args = TrainingArguments(
+            str(tmp_path / folder), max_steps=4, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+            remove_unused_columns=False, disable_tqdm=True, learning_rate=1e-2, save_steps=2, seed=3,
+            label_names=["labels"],
+        )  # fmt: skip
+        collator = MendCollator(tokenizer, model.mend_config, with_teacher=False)
+        Trainer(model=model, args=args, train_dataset=ROWS, data_collator=collator).train(**resume)
+        return trained(model)
+
+    whole = train("out")
+    resumed = train("out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_a_separate_distiller_with_a_tokenizer_of_its_own_is_trained(
+    tiny_model, tokenizer, arguments, tmp_path, lora_r
+):
+    reader_config = GPT2Config(vocab_size=200, n_embd=24, n_layer=2, n_head=2, n_positions=256)
+    AutoModelForCausalLM.from_config(reader_config).save_pretrained(tmp_path / "reader")
+    letters = {"[UNK]": 0, "</s>": 1} | {chr(code): code - 30 for code in range(32, 127)}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]").save_pretrained(
+        tmp_path / "reader"
+    )
+    config = MendConfig(distiller_name_or_path=str(tmp_path / "reader"), lora_r=lora_r, num_virtual_tokens=3)
+    model = get_mend_model(tiny_model("llama"), config, tokenizer)
+    bare = tiny_model("llama").state_dict()
+    frozen = {name: p.detach().clone() for name, p in model.distiller.reader.named_parameters() if not p.requires_grad}
+    assert bool(frozen) == (lora_r > 0)
+    before = trained(model)
+    trainer = MendTrainer(model=model, args=arguments(max_steps=4, learning_rate=1e-2), train_dataset=ROWS)
+    batch = trainer.data_collator(ROWS[:1])
+    assert batch["demo_input_ids"].shape[1] > batch["teacher_input_ids"].shape[1]
+    trainer.train()
+    still = {name for name, tensor in trained(model).items() if tensor.equal(before[name])}
+    # the reader gets embeddings of placeholders and of tokens: unread rows of its table may stay
+    assert still == set()
+    assert all(model.base_model.state_dict()[name].equal(tensor) for name, tensor in bare.items())
+    parameters = dict(model.distiller.reader.named_parameters())
+    assert all(parameters[name].equal(tensor) for name, tensor in frozen.items())

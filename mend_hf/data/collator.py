@@ -81,7 +81,13 @@ class MendCollator:
                     f"Row {index}: expected demonstrations, query and target, got no {', '.join(missing)}: rename the "
                     "columns, and set remove_unused_columns=False in the training arguments."
                 )
-            demonstrations = parse_demonstrations(row["demonstrations"])[0][0]
+            tasks, is_batch = parse_demonstrations(row["demonstrations"])
+            if is_batch:
+                raise DataError(
+                    f"Row {index}: expected the demonstrations of one task, got a list of lists: make every task a "
+                    "row of its own, and write pairs as {'input': ..., 'output': ...}."
+                )
+            [demonstrations] = tasks
             student_task, teacher_task = self._encode_demonstrations(demonstrations)
             encoded.append(student_task)
             teacher.append(teacher_task)
@@ -93,14 +99,14 @@ class MendCollator:
                 task_rows.append(index)
         batch = DemonstrationBatch.from_tasks(encoded, self._distiller_prompt.pad_token_id)
         columns = {
+            "input_ids": _pad_left(queries, self._prompt.pad_token_id),
+            "attention_mask": _pad_left([[1] * len(ids) for ids in queries], 0),
+            "labels": _pad_left(labels, IGNORE_INDEX),
+            "query_task_rows": torch.tensor(task_rows),
             "demo_input_ids": batch.input_ids,
             "demo_attention_mask": batch.attention_mask,
             "demo_anchor_mask": batch.anchor_mask,
             "demo_task_rows": batch.task_rows,
-            "query_task_rows": torch.tensor(task_rows),
-            "input_ids": _pad_left(queries, self._prompt.pad_token_id),
-            "attention_mask": _pad_left([[1] * len(ids) for ids in queries], 0),
-            "labels": _pad_left(labels, IGNORE_INDEX),
         }
         if self.with_teacher:
             texts = DemonstrationBatch.from_tasks(teacher, self._prompt.pad_token_id)

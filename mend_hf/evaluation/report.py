@@ -60,7 +60,7 @@ def summarise(results: Sequence[TaskResult]) -> list[MethodSummary]:
 
 def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     """Return a heading and one row a method; scores in points of 100."""
-    rows = [["method", "score", "worst seed", "spread", "slots", "prefix MB", "ms a query", "ms once"]]
+    rows = [["method", "score", "worst seed", "spread", "slots", "MB", "ms a query", "ms once"]]
     for summary in summaries:
         rows.append(
             [
@@ -92,7 +92,7 @@ def to_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """Return rows, the first of which is the heading, as a table for the terminal."""
     table = Table(title=title)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows[1:]:
         table.add_row(*row)
     return table
