@@ -55,6 +55,7 @@ def main() -> None:
     model = MendModel.from_pretrained(base, DISTILLER, tokenizer)
     train, test = (load_tasks(HERE / "data", split=split) for split in ("train", "test"))
     table = Table("", *(f"right: {task.replace('_', ' ')}" for task in test), "slots", "ms a query", "prefix MB")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for name, (method, read_again) in ROUTES.items():

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 import torch
+from rich.console import Console
 
 from mend_hf import Demonstration, MendConfig, get_mend_model
 from mend_hf.data.metaicl import Example
-from mend_hf.errors import ConfigError, DataError
+from mend_hf.errors import ConfigError, DataError, MissingExtraError
 from mend_hf.evaluation.evaluator import TaskResult, evaluate_methods
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.metrics import compute_metric
-from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown
+from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown, to_table
+from mend_hf.evaluation.scoring import score_options
 
 OPTIONS = ("positive", "negative")
 SHOTS = [
@@ -21,7 +26,13 @@ SHOTS = [
 
 @pytest.fixture
 def model(tiny_model, tokenizer):
-    return get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3), tokenizer).eval()
+    """The adapter is as if trained: a new one changes nothing, and nobody would see it left on."""
+    model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3), tokenizer).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for _, parameter in model.distiller.trained_tensors():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
 def examples(task, options=OPTIONS):
@@ -74,7 +85,38 @@ def test_cut_text_has_no_more_tokens_than_the_prefix_has_slots(model):
     assert 0 < cut.num_slots <= num_slots < full.num_slots
 
 
-def test_methods_disagree_and_results_are_complete(model):
+def test_cut_text_counts_the_begin_of_text_once(model):
+    whole = model.tokenizer
+    model.tokenizer = model.distiller_tokenizer = WithBeginOfText(whole)
+    shots = [Demonstration("good film", "positive")] * 20
+    lengths = [METHODS["in-context"](model, shots[:num]).num_slots for num in range(1, 21)]
+    budget = METHODS["MEND"](model, shots).num_slots
+    assert METHODS["in-context, cut"](model, shots).num_slots == max(n for n in lengths if n <= budget)
+
+
+class WithBeginOfText:
+    """A tokenizer that puts a begin-of-text token in front of a text, as Llama's does."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, add_special_tokens=True):
+        encoding = self._tokenizer(text, add_special_tokens=False)
+        if add_special_tokens:
+            encoding["input_ids"] = [self._tokenizer.bos_token_id, *encoding["input_ids"]]
+        return encoding
+
+
+def test_every_method_gives_scores_of_its_own(model):
+    prefixes = [method(model, SHOTS) for method in METHODS.values()]
+    scores = [tuple(score_options(model, ["a bore"], [OPTIONS], prefix)[0]) for prefix in prefixes]
+    assert len(set(scores)) == len(METHODS)
+
+
+def test_results_are_complete(model):
     tasks = {"films": examples("films")}
     results = list(evaluate_methods(model, tasks, tasks, METHODS, num_demonstrations=3, seeds=[1, 2], max_queries=4))
     assert len(results) == 2 * len(METHODS)
@@ -103,6 +145,55 @@ def test_free_form_tasks_are_written_and_multi_choice_tasks_are_counted_by_accur
     zero_shot = pick_methods(["zero-shot", "MEND"])
     results = list(evaluate_methods(model, tasks, tasks, zero_shot, num_demonstrations=2, seeds=[1]))
     assert {result.task: result.metric for result in results} == {"choice": "accuracy", "free": "rouge_l"}
+
+
+def test_the_metric_is_the_tasks_and_not_that_of_the_queries_asked(model):
+    multi_choice = [Example("choice", "a film", "good", ("good", word)) for word in ("bad", "funny", "very")]
+    reordered = [Example("films", "good", "positive", OPTIONS), Example("films", "bad", "negative", OPTIONS[::-1])]
+    tasks = {"choice": multi_choice, "films": reordered}
+    methods = pick_methods(["zero-shot"])
+    results = evaluate_methods(model, tasks, tasks, methods, num_demonstrations=1, seeds=[1], max_queries=1)
+    assert {result.task: result.metric for result in results} == {"choice": "accuracy", "films": "macro_f1"}
+
+
+def test_zero_shot_writing_is_the_bare_base_models_whatever_is_bound(model):
+    examples_of_free = [Example("free", "a film", ""), Example("free", "bad", "")]
+    for example in list(examples_of_free):  # the gold answers are what the bare base model writes
+        with model.disable_adapter():
+            answer = model.answer([example.input])[0].split("\n")[0]
+        examples_of_free.append(Example("free", example.input, answer))
+    tasks = {"free": examples_of_free[2:]}
+    with model.use_demonstrations(SHOTS):
+        [result] = evaluate_methods(model, tasks, tasks, pick_methods(["zero-shot"]), num_demonstrations=1, seeds=[1])
+    assert result.score == pytest.approx(1)
+
+
+def test_free_form_tasks_run_on_a_base_model_with_a_sliding_window(tiny_model, tokenizer):
+    model = get_mend_model(tiny_model("mistral"), MendConfig(num_virtual_tokens=3), tokenizer).eval()
+    tasks = {"free": examples("free", ())}
+    methods = pick_methods(["in-context", "MEND"])
+    results = list(evaluate_methods(model, tasks, tasks, methods, num_demonstrations=3, seeds=[1]))
+    assert [result.metric for result in results] == ["rouge_l"] * 2
+
+
+@pytest.mark.parametrize("numbers", [{"num_demonstrations": 0}, {"max_queries": 0}, {"batch_size": 0}])
+def test_impossible_numbers_are_refused(model, numbers):
+    tasks = {"films": examples("films")}
+    with pytest.raises(ConfigError, match="raise them"):
+        next(evaluate_methods(model, tasks, tasks, METHODS, **{"num_demonstrations": 2, **numbers}))
+
+
+def test_a_task_without_queries_is_refused(model):
+    with pytest.raises(DataError, match="films: leave it out"):
+        next(evaluate_methods(model, {"films": examples("films")}, {"films": []}, METHODS, num_demonstrations=2))
+
+
+def test_a_missing_package_is_named_before_anything_runs(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    monkeypatch.setattr(type(model), "distill", None)
+    tasks = {"films": examples("films")}
+    with pytest.raises(MissingExtraError, match=r'pip install "mend_hf\[eval\]"'):
+        next(evaluate_methods(model, tasks, tasks, pick_methods(["MEND"]), num_demonstrations=2))
 
 
 def test_too_few_training_examples_are_refused_before_anything_runs(model):
@@ -136,3 +227,15 @@ def test_summaries_average_seeds_then_tasks_and_name_the_worst_seed():
     assert summary.spread == pytest.approx(0.15)
     assert task_rows(results) == [["task", "metric", "a"], ["x", "accuracy", "30.0"], ["y", "accuracy", "80.0"]]
     assert to_markdown(method_rows([summary])).splitlines()[-1] == "| a | 55.0 | 40.0 | 15.0 | 2 | 1.0 | 3 | 4 |"
+
+
+def test_a_table_of_all_methods_is_whole_in_80_columns():
+    results = [result(method, "a_task_whose_name_is_long", 1, 0.5) for method in METHODS]
+    for rows in (method_rows(summarise(results)), task_rows(results)):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(to_table(rows))
+        text = console.export_text()
+        assert "…" not in text
+        heading = " ".join(text.split("─")[0].replace("-\n", " ").split())
+        assert all(part in heading for name in rows[0] for part in name.replace("-", " ").split())
+        assert all(row[-1] in text and row[-1] != "" for row in rows[1:])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+
+import torch
 
 from mend_hf.data.metaicl import Example, sample_demonstrations
 from mend_hf.demonstrations import Demonstration
-from mend_hf.errors import DataError
+from mend_hf.errors import ConfigError, DataError, import_extra
 from mend_hf.evaluation.methods import Method
 from mend_hf.evaluation.metrics import compute_metric
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.evaluation.scoring import batch_by_length, score_options
 from mend_hf.model import MendModel
 from mend_hf.prefix import KeyValuePrefix
 
@@ -76,8 +79,18 @@ def evaluate_methods(
         finished: (task, method, seed) to pass over.
 
     Raises:
-        DataError: A task has no training side, or fewer than `num_demonstrations` examples there.
+        ConfigError: A number is impossible.
+        DataError: A task has no queries, no training side, or fewer than `num_demonstrations` examples there.
+        MissingExtraError: What computes a task's metric is not installed.
     """
+    if num_demonstrations < 1 or batch_size < 1 or (max_queries is not None and max_queries < 1):
+        raise ConfigError(
+            "Expected 1 or more demonstrations, queries and rows of a batch, got "
+            f"num_demonstrations={num_demonstrations}, max_queries={max_queries}, batch_size={batch_size}: raise them."
+        )
+    empty = sorted(task for task, examples in test_tasks.items() if not examples)
+    if empty:
+        raise DataError(f"Expected test examples of every task, got none of {', '.join(empty)}: leave it out.")
     missing = sorted(set(test_tasks) - set(train_tasks))
     if missing:
         raise DataError(f"Expected training examples of every test task, got none of {', '.join(missing)}: add them.")
@@ -87,6 +100,9 @@ def evaluate_methods(
                 f"Expected at least {num_demonstrations} training examples of {task}, got {len(train_tasks[task])}: "
                 "ask for fewer demonstrations or leave the task out."
             )
+    metrics = {task: _pick_metric(examples) for task, examples in test_tasks.items()}
+    if "macro_f1" in metrics.values():
+        import_extra("sklearn.metrics", "eval")
     for task, examples in test_tasks.items():
         queries = random.Random(task).sample(list(examples), len(examples))[:max_queries]
         for seed in seeds:
@@ -94,26 +110,26 @@ def evaluate_methods(
             demonstrations = [Demonstration(shot.input, shot.output) for shot in shots]
             for name, method in methods.items():
                 if (task, name, seed) not in finished:
-                    yield _run(model, name, method, task, seed, demonstrations, queries, batch_size)
+                    yield _run(model, name, method, metrics[task], task, seed, demonstrations, queries, batch_size)
 
 
 def _run(
     model: MendModel,
     name: str,
     method: Method,
+    metric: str,
     task: str,
     seed: int,
     demonstrations: list[Demonstration],
     queries: list[Example],
     batch_size: int,
 ) -> TaskResult:
-    start = time.perf_counter()
+    start = _measure_time(model)
     prefix = method(model, demonstrations)
-    prepared = time.perf_counter()
-    ask = _choose if all(query.options for query in queries) else _write
+    prepared = _measure_time(model)
+    ask = _write if metric == "rouge_l" else _choose
     predictions = ask(model, queries, prefix, batch_size)
-    done = time.perf_counter()
-    metric = _pick_metric(queries)
+    done = _measure_time(model)
     return TaskResult(
         method=name,
         task=task,
@@ -128,10 +144,17 @@ def _run(
     )
 
 
-def _pick_metric(queries: Sequence[Example]) -> str:
-    if not all(query.options for query in queries):
+def _measure_time(model: MendModel) -> float:
+    """Return the seconds on the clock once all that was asked of an accelerator is done."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _pick_metric(examples: Sequence[Example]) -> str:
+    if not all(example.options for example in examples):
         return "rouge_l"
-    return "macro_f1" if len({query.options for query in queries}) == 1 else "accuracy"
+    return "macro_f1" if len({frozenset(example.options) for example in examples}) == 1 else "accuracy"
 
 
 def _choose(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix | None, batch_size: int) -> list[str]:
@@ -142,8 +165,11 @@ def _choose(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix
 
 
 def _write(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix | None, batch_size: int) -> list[str]:
-    answers = []
-    for start in range(0, len(queries), batch_size):
-        texts = [query.input for query in queries[start : start + batch_size]]
-        answers += model.answer(texts, prefix)
-    return [answer.split("\n")[0] for answer in answers]
+    texts = [query.input for query in queries]
+    answers = [""] * len(texts)
+    # Zero-shot is the bare base model, also where demonstrations are bound.
+    with model.disable_adapter() if prefix is None else nullcontext():
+        for rows in batch_by_length(model, texts, batch_size):
+            for row, answer in zip(rows, model.answer([texts[row] for row in rows], prefix), strict=True):
+                answers[row] = answer.split("\n")[0]
+    return answers

@@ -32,9 +32,16 @@ def in_context_cut(model: MendModel, demonstrations: Demonstrations) -> KeyValue
     At least one demonstration is kept.
     """
     budget = model.distill(list(demonstrations)).num_slots
-    lengths = [model.prompt.encode_demonstrations([item], warn=False).num_tokens for item in demonstrations]
-    num_kept = max(sum(sum(lengths[: end + 1]) <= budget for end in range(len(lengths))), 1)
+    num_kept = len(demonstrations)
+    while num_kept > 1 and _count_tokens(model, demonstrations[:num_kept]) > budget:
+        num_kept -= 1
     return in_context(model, demonstrations[:num_kept])
+
+
+def _count_tokens(model: MendModel, demonstrations: Demonstrations) -> int:
+    """Return how many tokens the demonstrations' text has, those that the window does not hold included."""
+    task = model.prompt.encode_demonstrations(demonstrations, warn=False)
+    return task.num_tokens + task.num_lost_tokens
 
 
 def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:

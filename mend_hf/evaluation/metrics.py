@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from mend_hf.errors import ConfigError
+from mend_hf.errors import ConfigError, import_extra
 
 _FEATURES = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
 
@@ -38,8 +38,7 @@ class MacroF1(_TextMetric):
 
     def score(self, predictions: Sequence[str], references: Sequence[str]) -> float:
         """Return the score."""
-        from sklearn.metrics import f1_score
-
+        f1_score = import_extra("sklearn.metrics", "eval").f1_score
         labels = sorted(set(references))
         return float(f1_score(references, predictions, labels=labels, average="macro", zero_division=0))
 
@@ -85,8 +84,9 @@ def compute_metric(name: str, predictions: Sequence[str], references: Sequence[s
     """
     if name not in METRICS:
         raise ConfigError(f"Expected a metric among {', '.join(METRICS)}, got {name!r}.")
-    results: dict[str, Any] = METRICS[name](config_name=name).compute(predictions=predictions, references=references)
-    return results[METRICS[name](config_name=name).name]
+    metric = METRICS[name](config_name=name, keep_in_memory=True)
+    results: dict[str, Any] = metric.compute(predictions=predictions, references=references)
+    return results[metric.name]
 
 
 def _words(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
+from rich import box
 from rich.table import Table
 
 from mend_hf.evaluation.evaluator import TaskResult
@@ -89,10 +90,11 @@ def task_rows(results: Sequence[TaskResult]) -> list[list[str]]:
 
 
 def to_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """Return rows, the first of which is the heading, as a table for the terminal."""
-    table = Table(title=title)
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    """Return rows, the first of which is the heading, as a table for the terminal; all methods fit in 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(rows[0][0], overflow="fold")
+    for name in rows[0][1:]:
+        table.add_column(name.replace("-", "-\n").replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -5,16 +5,21 @@ Shapes: B queries, T query tokens, O options of all queries, A option tokens, W 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mend_hf.errors import DataError
+from mend_hf.architectures import check_positions, get_sliding_window
+from mend_hf.errors import DataError, ShapeError
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.model import MendModel
-from mend_hf.prefix import KeyValuePrefix, continue_inputs
+from mend_hf.prefix import KeyValuePrefix, Prefix, continue_inputs
+
+OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
 
 
 @torch.no_grad()
@@ -22,7 +27,7 @@ def score_options(
     model: MendModel,
     queries: Sequence[str],
     options: Sequence[Sequence[str]],
-    prefix: KeyValuePrefix | None = None,
+    prefix: Prefix | None = None,
     *,
     batch_size: int = 8,
 ) -> list[list[float]]:
@@ -33,22 +38,40 @@ def score_options(
         queries: B texts.
         options: The answers to choose from, at least two different ones a query.
         prefix: What stands in front of every query (one row), or of each (B rows); None: zero-shot.
-        batch_size: Queries read at once.
+        batch_size: Queries read at once, and a few times as many options.
 
     Raises:
         DataError: A query has fewer than two options, or the same twice.
+        ShapeError: The prefix has neither one row nor one a query, or the base model has no positions left.
     """
     _check_options(queries, options)
-    lengths = [len(model.prompt.encode_query(query)) for query in queries]
-    order = sorted(range(len(queries)), key=lengths.__getitem__)
+    key_values = None if prefix is None else model.to_key_values(prefix)
+    if key_values is not None and len(key_values) not in (1, len(queries)):
+        raise ShapeError(
+            f"Expected a prefix of 1 row or of {len(queries)}, one a query, got {len(key_values)} rows: "
+            "pick one a query with .select([...])."
+        )
     scores: list[list[float]] = [[] for _ in queries]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        part = prefix.select(rows) if prefix is not None and len(prefix) == len(queries) > 1 else prefix
+    for rows in batch_by_length(model, queries, batch_size):
+        part = key_values
+        if key_values is not None:
+            part = key_values.select(rows) if len(key_values) > 1 else key_values.expand(len(rows))
         batch = _score_batch(model, [queries[row] for row in rows], [options[row] for row in rows], part)
         for row, values in zip(rows, batch, strict=True):
             scores[row] = values
     return scores
+
+
+def batch_by_length(model: MendModel, queries: Sequence[str], batch_size: int) -> list[list[int]]:
+    """Return the queries' indices in batches of similar length, the longest first.
+
+    A batch holds one length only where the base model has a sliding window, which padding would use up.
+    """
+    lengths = [len(model.prompt.encode_query(query)) for query in queries]
+    order = sorted(range(len(queries)), key=lengths.__getitem__, reverse=True)
+    has_window = get_sliding_window(model.base_model) is not None
+    groups = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)] if has_window else [order]
+    return [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
 
 
 def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> None:
@@ -65,25 +88,32 @@ def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> 
 def _score_batch(
     model: MendModel, queries: list[str], options: list[Sequence[str]], prefix: KeyValuePrefix | None
 ) -> list[list[float]]:
-    base_model = model.base_model
     encoding = model.tokenize(queries)
     mask = encoding["attention_mask"]
+    ids = [(row, model.prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
+    longest = max(len(answer) for _, answer in ids)
+    whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
     if prefix is None:
+        check_positions(model.base_model, whole, whole.new_zeros(1), 0)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True}
     else:
-        prefix = prefix if len(prefix) == len(queries) else prefix.expand(len(queries))
-        inputs = continue_inputs(prefix, mask, base_model)
-    read = base_model(input_ids=encoding["input_ids"], logits_to_keep=1, **inputs)
-    rows = torch.tensor([row for row, choices in enumerate(options) for _ in choices], device=mask.device)  # [O]
-    ids = [model.prompt.encode_answer(choice) for choices in options for choice in choices]
-    labels = _pad_right(ids, IGNORE_INDEX).to(mask.device)  # [O, A]
-    logits = read.logits[rows]  # [O, 1, W]
-    if labels.shape[1] > 1:
-        logits = torch.cat([logits, _read_options(model, read.past_key_values, inputs, rows, labels)], dim=1)
-    counted = labels != IGNORE_INDEX
-    chosen = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)  # [O, A]
-    means = ((chosen * counted).sum(1) / counted.sum(1)).tolist()
-    return [[means.pop(0) for _ in choices] for choices in options]
+        check_positions(model.base_model, whole, prefix.next_positions.max(), prefix.num_slots)
+        inputs = continue_inputs(prefix, mask, model.base_model)
+    read = model.base_model(input_ids=encoding["input_ids"], logits_to_keep=1, **inputs)
+    means: list[float] = []
+    num_at_once = OPTIONS_PER_QUERY * len(queries)
+    for start in range(0, len(ids), num_at_once):
+        part = ids[start : start + num_at_once]
+        rows = torch.tensor([row for row, _ in part], device=mask.device)  # [O]
+        labels = _pad_right([answer for _, answer in part], IGNORE_INDEX).to(mask.device)  # [O, A]
+        logits = read.logits[rows]  # [O, 1, W]
+        if labels.shape[1] > 1:
+            logits = torch.cat([logits, _read_options(model, read.past_key_values, inputs, rows, labels)], dim=1)
+        counted = labels != IGNORE_INDEX
+        chosen = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)  # [O, A]
+        means += ((chosen * counted).sum(1) / counted.sum(1)).tolist()
+    remaining = iter(means)
+    return [[next(remaining) for _ in choices] for choices in options]
 
 
 def _read_options(
@@ -92,6 +122,8 @@ def _read_options(
     """Return the logits (O, A - 1, W) behind all but the last token of every option, which go on from their query."""
     ids = labels[:, :-1]
     option_mask = (ids != IGNORE_INDEX).long()
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]  # the tensors are shared: selecting makes new ones
     cache.batch_select_indices(rows)
     positions = inputs["position_ids"][rows, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
     return model.base_model(
