@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,8 +60,10 @@ def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTr
         import_extra("gguf", "gguf")
         name_or_path, extra["gguf_file"] = str(Path(name_or_path).parent), Path(name_or_path).name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **extra)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **extra)
+        # The progress bars of reading a GGUF file know no other switch.
+        with redirect_stderr(io.StringIO()) if extra else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **extra)
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]}"
