@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from weights import NAME, find_weights, load_smollm2
 
 from mend_hf import Demonstration, MendModel
 from mend_hf.data.metaicl import Example, load_tasks, sample_demonstrations
 from mend_hf.evaluation.methods import Method, in_context, mend, training_free_anchors, zero_shot
+from mend_hf.evaluation.report import to_table
 from mend_hf.evaluation.scoring import score_options
 
 HERE = Path(__file__).parent
@@ -54,10 +54,7 @@ def main() -> None:
     base, tokenizer = load_smollm2(from_hub)
     model = MendModel.from_pretrained(base, DISTILLER, tokenizer)
     train, test = (load_tasks(HERE / "data", split=split) for split in ("train", "test"))
-    table = Table("", *(f"right: {task.replace('_', ' ')}" for task in test), "slots", "ms a query", "prefix MB")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = [["right answers", *(task.replace("_", " ") for task in test), "slots", "ms a query", "prefix MB"]]
     for name, (method, read_again) in ROUTES.items():
         results = []
         for task, queries in test.items():
@@ -66,8 +63,8 @@ def main() -> None:
         right, milliseconds, slots, size = zip(*results, strict=True)
         means = (round(statistics.fmean(slots)), round(statistics.fmean(milliseconds)))
         cells = [*(f"{count}/{NUM_QUERIES}" for count in right), *map(str, means)]
-        table.add_row(name, *cells, f"{statistics.fmean(size) / 1e6:.1f}")
-    console.print(table)
+        rows.append([name, *cells, f"{statistics.fmean(size) / 1e6:.1f}"])
+    console.print(to_table(rows))
     console.print("Your turn: a file of demonstrations, one JSON object with input and output a line, and a query:\n")
     command = [".venv/bin/mend generate", f"--base-model {NAME if from_hub else find_weights()}"]
     command += [f"--distiller {DISTILLER}", f"--demonstrations {HERE / 'data' / 'my_demonstrations.jsonl'}"]
