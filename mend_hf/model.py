@@ -378,12 +378,12 @@ class MendModel(PushToHubMixin, nn.Module):
     def _encode(self, demonstrations: Any) -> list[EncodedTask]:
         if isinstance(demonstrations, Tensor):
             return EncodedTask.from_ids(demonstrations)
-        return [self.distiller_prompt.encode_demonstrations(task) for task in parse_demonstrations(demonstrations)[0]]
+        prompt = self.distiller_prompt
+        return [prompt.encode_demonstrations(task) for task in parse_demonstrations(demonstrations)[0]]
 
     def _distil(self, encoded: list[EncodedTask]) -> Prefix:
         pad_token_id = self.distiller_prompt.pad_token_id if self.distiller_tokenizer else 0
-        batch = DemonstrationBatch.from_tasks(encoded, pad_token_id)
-        return self.distiller(batch.to(self.device))
+        return self.distiller(DemonstrationBatch.from_tasks(encoded, pad_token_id).to(self.device))
 
     def _fit(self, prefix: KeyValuePrefix, attention_mask: Tensor, num_new_tokens: int = 0) -> KeyValuePrefix:
         """Give every row of a batch its prefix, and see to it that the base model can read both."""

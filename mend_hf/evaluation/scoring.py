@@ -67,7 +67,8 @@ def batch_by_length(model: MendModel, queries: Sequence[str], batch_size: int) -
 
     A batch holds one length only where the base model has a sliding window, which padding would use up.
     """
-    lengths = [len(model.prompt.encode_query(query)) for query in queries]
+    prompt = model.prompt
+    lengths = [len(prompt.encode_query(query)) for query in queries]
     order = sorted(range(len(queries)), key=lengths.__getitem__, reverse=True)
     has_window = get_sliding_window(model.base_model) is not None
     groups = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)] if has_window else [order]
@@ -90,7 +91,8 @@ def _score_batch(
 ) -> list[list[float]]:
     encoding = model.tokenize(queries)
     mask = encoding["attention_mask"]
-    ids = [(row, model.prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
+    prompt = model.prompt
+    ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
     longest = max(len(answer) for _, answer in ids)
     whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
     if prefix is None:
