@@ -18,24 +18,17 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, PushToHubMixin
 
-from mend_hf.architectures import check_base_model, check_positions
+from mend_hf.architectures import check_base_model
 from mend_hf.artifact import DistilledDemonstrations, describe_origin
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
 from mend_hf.distiller import DemonstrationBatch, DemonstrationDistiller, load_reader
-from mend_hf.errors import CheckpointError, DataError, ShapeError
+from mend_hf.errors import CheckpointError, DataError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
-from mend_hf.prefix import (
-    EmbeddingPrefix,
-    KeyValuePrefix,
-    Prefix,
-    continue_inputs,
-    count_new_tokens,
-    generation_inputs,
-    move,
-    read_embeddings,
-)
+from mend_hf.prefix import KeyValuePrefix, Prefix
+from mend_hf.routes import get_route
+from mend_hf.routes.base import match_rows
 
 
 class MendModel(PushToHubMixin, nn.Module):
@@ -82,10 +75,11 @@ class MendModel(PushToHubMixin, nn.Module):
         for parameter, _ in self._before[1]:  # only now: an error above leaves the base model as it was
             parameter.requires_grad_(False)
         self.base_model = base_model.eval()
+        self.route = get_route(base_model)
         self._source: str | None = None
         self._bound: DistilledDemonstrations | None = None
         self._is_disabled = False
-        self._prepared: MutableMapping[DistilledDemonstrations, KeyValuePrefix] = weakref.WeakKeyDictionary()
+        self._prepared: MutableMapping[DistilledDemonstrations, Prefix] = weakref.WeakKeyDictionary()
 
     @property
     def prompt(self) -> PromptEncoder:
@@ -127,9 +121,9 @@ class MendModel(PushToHubMixin, nn.Module):
         prefix = self.read_tokens(batch.input_ids, batch.attention_mask)
         return DistilledDemonstrations(prefix, describe_origin(self.mend_config, encoded, None, None))
 
-    def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> KeyValuePrefix:
-        """Return the keys and values of token ids (B, N), padded on the left, as the bare base model computes them."""
-        return read_embeddings(self.base_model, self.base_model.get_input_embeddings()(input_ids), attention_mask)
+    def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Prefix:
+        """Return the prefix of token ids (B, N), padded on the left, that the bare base model reads as plain text."""
+        return self.route.read_tokens(input_ids, attention_mask)
 
     @contextmanager
     def use_demonstrations(self, demonstrations: Any) -> Iterator[MendModel]:
@@ -197,11 +191,11 @@ class MendModel(PushToHubMixin, nn.Module):
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
-        key_values = self.to_key_values(prefix)
+        prefix = self.route.prepare(prefix)
         if query_task_rows is not None:
-            key_values = key_values.select(query_task_rows)
-        inputs = continue_inputs(self._fit(key_values, attention_mask), attention_mask, self.base_model)
-        return self.base_model(input_ids=input_ids, labels=labels, **inputs, **kwargs)
+            prefix = prefix.select(query_task_rows)
+        prefix = match_rows(prefix, attention_mask.shape[0])
+        return self.route.forward(prefix, input_ids, attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
     def generate(
@@ -233,10 +227,8 @@ class MendModel(PushToHubMixin, nn.Module):
             raise DataError("Expected a query of at least one token as input_ids (rows, tokens) or text, got none.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        num_new_tokens = count_new_tokens(input_ids.shape[1], self.base_model, generation)
-        key_values = self._fit(self.to_key_values(prefix), attention_mask, num_new_tokens)
-        inputs = generation_inputs(key_values, attention_mask, self.base_model, generation)
-        return self.base_model.generate(input_ids, **inputs, **generation)
+        prefix = match_rows(self.route.prepare(prefix), input_ids.shape[0])
+        return self.route.generate(prefix, input_ids, attention_mask, **generation)
 
     def answer(self, queries: Sequence[str], demonstrations: Any | None = None, **generation: Any) -> list[str]:
         """Return what follows each query up to the end of the answer, greedily unless `generation` says otherwise.
@@ -254,13 +246,6 @@ class MendModel(PushToHubMixin, nn.Module):
     def tokenize(self, queries: str | Sequence[str]) -> BatchEncoding:
         """Put queries into the prompt format and return their ids (B, T) and mask, padded on the left."""
         return self.prompt.encode_queries([queries] if isinstance(queries, str) else queries).to(self.device)
-
-    def to_key_values(self, prefix: Prefix) -> KeyValuePrefix:
-        """Return a prefix as keys and values on the model's device; vectors are read by the base model."""
-        prefix = move(prefix, self.device, self.base_model.dtype)
-        if isinstance(prefix, EmbeddingPrefix):
-            return read_embeddings(self.base_model, prefix.vectors, prefix.mask)
-        return prefix
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters the distiller trains, in PEFT's words."""
@@ -372,7 +357,7 @@ class MendModel(PushToHubMixin, nn.Module):
         if torch.is_grad_enabled() or isinstance(demonstrations.prefix, KeyValuePrefix):
             return demonstrations.prefix
         if demonstrations not in self._prepared:
-            self._prepared[demonstrations] = self.to_key_values(demonstrations.prefix)
+            self._prepared[demonstrations] = self.route.prepare(demonstrations.prefix)
         return self._prepared[demonstrations]
 
     def _encode(self, demonstrations: Any) -> list[EncodedTask]:
@@ -384,16 +369,3 @@ class MendModel(PushToHubMixin, nn.Module):
     def _distil(self, encoded: list[EncodedTask]) -> Prefix:
         pad_token_id = self.distiller_prompt.pad_token_id if self.distiller_tokenizer else 0
         return self.distiller(DemonstrationBatch.from_tasks(encoded, pad_token_id).to(self.device))
-
-    def _fit(self, prefix: KeyValuePrefix, attention_mask: Tensor, num_new_tokens: int = 0) -> KeyValuePrefix:
-        """Give every row of a batch its prefix, and see to it that the base model can read both."""
-        check_positions(self.base_model, attention_mask, prefix.next_positions, prefix.num_slots, num_new_tokens)
-        num_rows = attention_mask.shape[0]
-        if len(prefix) == num_rows:
-            return prefix
-        if len(prefix) == 1:
-            return prefix.expand(num_rows)
-        raise ShapeError(
-            f"Expected distilled demonstrations of 1 task or of {num_rows}, one a row, got {len(prefix)} tasks: "
-            "pick one a row with .select([...])."
-        )

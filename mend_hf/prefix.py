@@ -107,6 +107,10 @@ class EmbeddingPrefix:
         start = self.num_slots - int(mask.sum(1).max()) if len(rows) else 0
         return EmbeddingPrefix(self.vectors[rows, start:], mask[:, start:])
 
+    def expand(self, num_rows: int) -> EmbeddingPrefix:
+        """Return the one row of this prefix seen `num_rows` times, without copying it."""
+        return EmbeddingPrefix(self.vectors.expand(num_rows, -1, -1), self.mask.expand(num_rows, -1))
+
 
 Prefix = KeyValuePrefix | EmbeddingPrefix
 

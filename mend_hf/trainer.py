@@ -20,7 +20,6 @@ from mend_hf.errors import ConfigError, DataError
 from mend_hf.files import check_output_folder, write_json
 from mend_hf.losses import IGNORE_INDEX, kd_loss, nll_loss
 from mend_hf.model import MendModel
-from mend_hf.prefix import continue_inputs
 from mend_hf.training_args import MendTrainingArguments
 
 
@@ -133,10 +132,7 @@ class MendTrainer(Trainer):
         if teacher_mask is None:
             teacher_mask = torch.ones_like(teacher_ids)
         text = mend_model.read_tokens(teacher_ids, teacher_mask).select(inputs["query_task_rows"])
-        base_model = mend_model.base_model
-        return base_model(
-            input_ids=inputs["input_ids"], **continue_inputs(text, inputs["attention_mask"], base_model)
-        ).logits
+        return mend_model.route.forward(text, inputs["input_ids"], inputs["attention_mask"]).logits
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -26,7 +26,7 @@ LAYERS = (
     ("config", "fingerprint"),
     ("demonstrations",),
     ("prefix",),
-    ("distiller",),
+    ("distiller", "routes/"),
     ("artifact",),
     ("hub",),
     ("data/", "model"),
@@ -37,7 +37,7 @@ LAYERS = (
     ("cli/",),
 )
 # Modules of these folders may also import each other, in any order that has no circle.
-OPEN_FOLDERS = ("data/", "evaluation/", "cli/")
+OPEN_FOLDERS = ("routes/", "data/", "evaluation/", "cli/")
 HEIGHTS = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 CONCRETE_MODEL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model|Config)$")

@@ -218,3 +218,53 @@ def test_tasks_with_too_few_examples_are_left_out_with_a_warning() -> None:
 def test_impossible_numbers_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"give a range as \(low, high\)"):
         FewShotDataset(make_tasks(a=20), **{"num_rows": 1, "seed": 0} | settings)
+
+
+class TestRenamedLabels:
+    def rows(self, tasks, **fractions):
+        dataset = FewShotDataset(
+            tasks, num_demonstrations=3, queries_per_demonstrations=2, num_rows=40, seed=5, **fractions
+        )
+        return [dataset[index] for index in range(len(dataset))]
+
+    @pytest.fixture
+    def tasks(self):
+        labels = ("good", "bad", "so so")
+        return {"mood": [Example("mood", f"text {i}", labels[i % 3], labels) for i in range(12)]}
+
+    def renaming(self, row):
+        """Which label stands for which, read off the row's own examples."""
+        labels = ("good", "bad", "so so")
+        pairs = [(item["input"], item["output"]) for item in row["demonstrations"]]
+        pairs += [*zip(row["query"], row["target"], strict=True)]
+        return {(labels[int(text.split()[1]) % 3], output) for text, output in pairs}
+
+    @pytest.mark.parametrize("fraction", ["permute_labels", "symbol_labels"])
+    def test_a_label_has_one_name_in_the_whole_row_and_is_an_option(self, tasks, fraction):
+        for row in self.rows(tasks, **{fraction: 1.0}):
+            names = self.renaming(row)
+            assert len({before for before, _ in names}) == len({after for _, after in names}) == len(names)
+            assert all(target in options for target, options in zip(row["target"], row["options"], strict=True))
+
+    def test_permuted_labels_are_the_tasks_own_and_symbols_are_not(self, tasks):
+        permuted = {after for row in self.rows(tasks, permute_labels=1.0) for _, after in self.renaming(row)}
+        symbols = {after for row in self.rows(tasks, symbol_labels=1.0) for _, after in self.renaming(row)}
+        assert permuted == {"good", "bad", "so so"}
+        assert not symbols & permuted
+
+    def test_only_a_fraction_of_the_rows_changes_and_the_examples_stay(self, tasks):
+        plain, mixed = self.rows(tasks), self.rows(tasks, permute_labels=0.3, symbol_labels=0.2)
+        assert [row["query"] for row in plain] == [row["query"] for row in mixed]
+        num_changed = sum(row != other for row, other in zip(plain, mixed, strict=True))
+        assert 8 <= num_changed <= 28
+        assert self.rows(tasks, permute_labels=0.0) == plain
+
+    def test_free_form_tasks_and_options_of_their_own_stay(self):
+        free = {"free": [Example("free", f"text {i}", f"answer {i}") for i in range(8)]}
+        own = {"own": [Example("own", f"text {i}", f"a{i}", (f"a{i}", f"b{i}")) for i in range(8)]}
+        for tasks in (free, own):
+            assert self.rows(tasks, permute_labels=1.0) == self.rows(tasks) == self.rows(tasks, symbol_labels=1.0)
+
+    def test_impossible_fractions_are_refused(self, tasks):
+        with pytest.raises(ConfigError, match="at most 1 together"):
+            self.rows(tasks, permute_labels=0.7, symbol_labels=0.7)

@@ -109,7 +109,7 @@ def test_the_embeds_form_scores_as_its_own_keys_and_values(name, tiny_model, tok
     config = MendConfig(num_virtual_tokens=3, prefix_form="embeds")
     model = get_mend_model(tiny_model(name), config, tokenizer).eval()
     prefix = model.distill(DEMONSTRATIONS).prefix
-    expected = score_options(model, QUERIES, OPTIONS, model.to_key_values(prefix))
+    expected = score_options(model, QUERIES, OPTIONS, model.route.prepare(prefix))
     assert_close(score_options(model, QUERIES, OPTIONS, prefix), expected)
 
 

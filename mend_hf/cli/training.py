@@ -99,6 +99,12 @@ def finetune(
     max_demonstration_tokens: Annotated[
         int | None, typer.Option(help="Cut demonstrations of training rows to this; the saved config keeps its own.")
     ] = None,
+    permute_labels: Annotated[
+        float, typer.Option(help="Fraction of rows whose labels trade places.", min=0.0, max=1.0)
+    ] = 0.0,
+    symbol_labels: Annotated[
+        float, typer.Option(help="Fraction of rows whose labels become words of no meaning.", min=0.0, max=1.0)
+    ] = 0.0,
     num_eval_tasks: Annotated[int, typer.Option(help="Training tasks held out to measure the loss on.", min=0)] = 0,
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
@@ -133,7 +139,14 @@ def finetune(
         "queries_per_demonstrations": queries_per_demonstrations,
     }
     train_tasks = {name: rows for name, rows in examples.items() if name not in held_out}
-    rows = FewShotDataset(train_tasks, num_rows=num_rows, seed=seed, **shape)
+    rows = FewShotDataset(
+        train_tasks,
+        num_rows=num_rows,
+        seed=seed,
+        permute_labels=permute_labels,
+        symbol_labels=symbol_labels,
+        **shape,
+    )
     eval_rows = None
     if held_out:
         eval_tasks = {name: examples[name] for name in held_out}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import itertools
 import json
 import random
 import warnings
@@ -15,6 +17,9 @@ from torch.utils.data import Dataset
 
 from mend_hf.data.rows import SUFFIXES, Row, get_text, load_hub_splits, number_rows, read_rows
 from mend_hf.errors import ConfigError, DataError
+
+_SYLLABLES = ("ba", "co", "di", "fe", "gu", "la", "mo", "ni", "pe", "ru", "sa", "to", "vi", "ze")
+_SYMBOLS = ["".join(pair) for pair in itertools.product(_SYLLABLES, repeat=2)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,11 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         queries_per_demonstrations: If more than 1, `query` and `target` are lists, and `options` is a list of lists.
         num_rows: Length of the data set.
         seed: Fixes the rows.
+        permute_labels: Fraction of rows in which the labels trade places, the same way in the whole row, so that only
+            the demonstrations say what a label stands for. Rows of free-form tasks, and of tasks whose examples have
+            options of their own, stay as they are.
+        symbol_labels: Fraction of rows in which other words of no meaning stand for the labels; the two fractions
+            share no row ("Symbol tuning", Wei et al., EMNLP 2023, arXiv 2305.08298).
 
     Raises:
         ConfigError: A number is impossible.
@@ -146,6 +156,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         queries_per_demonstrations: int = 1,
         num_rows: int,
         seed: int,
+        permute_labels: float = 0.0,
+        symbol_labels: float = 0.0,
     ) -> None:
         low, high = (num_demonstrations,) * 2 if isinstance(num_demonstrations, int) else num_demonstrations
         if not 1 <= low <= high or queries_per_demonstrations < 1 or num_rows < 1:
@@ -154,10 +166,17 @@ class FewShotDataset(Dataset[dict[str, Any]]):
                 f"num_rows={num_rows}, queries_per_demonstrations={queries_per_demonstrations}, "
                 f"num_demonstrations={num_demonstrations}: raise them, and give a range as (low, high)."
             )
+        if min(permute_labels, symbol_labels) < 0 or permute_labels + symbol_labels > 1:
+            raise ConfigError(
+                "Expected two fractions of the rows that make at most 1 together, got "
+                f"permute_labels={permute_labels}, symbol_labels={symbol_labels}: lower one."
+            )
         self.num_demonstrations = (low, high)
         self.queries_per_demonstrations = queries_per_demonstrations
         self.num_rows = num_rows
         self.seed = seed
+        self.permute_labels = permute_labels
+        self.symbol_labels = symbol_labels
         needed = high + queries_per_demonstrations
         small = sorted(name for name, examples in tasks.items() if len(examples) < needed)
         self.tasks = {name: tasks[name] for name in sorted(tasks) if name not in small}
@@ -191,6 +210,9 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         task = rng.choice(list(self.tasks))
         k = rng.randint(*self.num_demonstrations)
         picked = rng.sample(self.tasks[task], k + self.queries_per_demonstrations)
+        chance = rng.random()
+        if chance < self.permute_labels + self.symbol_labels:
+            picked = _rename_labels(picked, rng, with_symbols=chance >= self.permute_labels)
         queries: dict[str, list[Any]] = {
             "query": [example.input for example in picked[k:]],
             "target": [example.output for example in picked[k:]],
@@ -202,6 +224,21 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             "demonstrations": [{"input": example.input, "output": example.output} for example in picked[:k]],
             **{column: values[0] if single else values for column, values in queries.items()},
         }
+
+
+def _rename_labels(examples: list[Example], rng: random.Random, *, with_symbols: bool) -> list[Example]:
+    """Return the examples with their labels permuted or replaced; unchanged where they do not share their options."""
+    labels = sorted(examples[0].options)
+    words = _SYMBOLS if with_symbols else labels
+    if not 0 < len(labels) <= len(words) or any(sorted(example.options) != labels for example in examples):
+        return examples
+    names = dict(zip(labels, rng.sample(words, len(labels)), strict=True))
+    return [
+        dataclasses.replace(
+            example, output=names[example.output], options=tuple(names[option] for option in example.options)
+        )
+        for example in examples
+    ]
 
 
 def _find_task_files(folder: Path, split: str) -> dict[str, Path]:

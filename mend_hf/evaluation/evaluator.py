@@ -17,7 +17,7 @@ from mend_hf.evaluation.methods import Method
 from mend_hf.evaluation.metrics import compute_metric
 from mend_hf.evaluation.scoring import batch_by_length, score_options
 from mend_hf.model import MendModel
-from mend_hf.prefix import KeyValuePrefix
+from mend_hf.prefix import Prefix
 
 SEEDS = (13, 21, 42, 87, 100)
 
@@ -157,14 +157,14 @@ def _pick_metric(examples: Sequence[Example]) -> str:
     return "macro_f1" if len({frozenset(example.options) for example in examples}) == 1 else "accuracy"
 
 
-def _choose(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix | None, batch_size: int) -> list[str]:
+def _choose(model: MendModel, queries: Sequence[Example], prefix: Prefix | None, batch_size: int) -> list[str]:
     scores = score_options(
         model, [query.input for query in queries], [query.options for query in queries], prefix, batch_size=batch_size
     )
     return [query.options[row.index(max(row))] for query, row in zip(queries, scores, strict=True)]
 
 
-def _write(model: MendModel, queries: Sequence[Example], prefix: KeyValuePrefix | None, batch_size: int) -> list[str]:
+def _write(model: MendModel, queries: Sequence[Example], prefix: Prefix | None, batch_size: int) -> list[str]:
     texts = [query.input for query in queries]
     answers = [""] * len(texts)
     # Zero-shot is the bare base model, also where demonstrations are bound.

@@ -11,22 +11,22 @@ from mend_hf.demonstrations import Demonstration, PromptEncoder
 from mend_hf.distiller import DemonstrationBatch
 from mend_hf.errors import ConfigError
 from mend_hf.model import MendModel
-from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, gather_slots, pack_right
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_slots, pack_right
 
 Demonstrations = Sequence[Demonstration]
-Method = Callable[[MendModel, Demonstrations], KeyValuePrefix | None]
+Method = Callable[[MendModel, Demonstrations], Prefix | None]
 
 
 def zero_shot(model: MendModel, demonstrations: Demonstrations) -> None:
     """Nothing: the base model sees the query alone."""
 
 
-def in_context(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+def in_context(model: MendModel, demonstrations: Demonstrations) -> Prefix:
     """The demonstrations' text, read by the bare base model (vanilla ICL), its keys and values kept."""
-    return model.to_key_values(model.read(list(demonstrations)).prefix)
+    return model.route.prepare(model.read(list(demonstrations)).prefix)
 
 
-def in_context_cut(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+def in_context_cut(model: MendModel, demonstrations: Demonstrations) -> Prefix:
     """Vanilla ICL with as many of the demonstrations as have no more tokens than the distilled prefix has slots.
 
     At least one demonstration is kept.
@@ -51,6 +51,11 @@ def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> K
     task = prompt.encode_demonstrations(list(demonstrations))
     batch = DemonstrationBatch.from_tasks([task], prompt.pad_token_id).to(model.device)
     text = model.read_tokens(batch.input_ids, batch.attention_mask)
+    if isinstance(text, EmbeddingPrefix):
+        raise ConfigError(
+            "Expected a decoder-only base model, whose keys and values anchors are, got an encoder-decoder: leave the "
+            'method "training-free anchors" out.'
+        )
     keep = batch.anchor_mask.clone()
     keep[:, 0] = True
     index, mask = pack_right(keep)
@@ -62,12 +67,12 @@ def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> K
     )
 
 
-def mend(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+def mend(model: MendModel, demonstrations: Demonstrations) -> Prefix:
     """The model's distiller."""
-    return model.to_key_values(model.distill(list(demonstrations)).prefix)
+    return model.route.prepare(model.distill(list(demonstrations)).prefix)
 
 
-def random_prefix(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+def random_prefix(model: MendModel, demonstrations: Demonstrations) -> Prefix:
     """A prefix of the distilled one's size that says nothing about the task; the same for the same demonstrations.
 
     Vectors are drawn with the mean and spread of the distilled ones, keys and values so layer by layer and head by
@@ -77,7 +82,7 @@ def random_prefix(model: MendModel, demonstrations: Demonstrations) -> KeyValueP
     generator = torch.Generator().manual_seed(0)
     if isinstance(distilled, EmbeddingPrefix):
         drawn = _draw_like(distilled.vectors[:, None], generator, first=0)[:, 0]
-        return model.to_key_values(EmbeddingPrefix(drawn, distilled.mask))
+        return model.route.prepare(EmbeddingPrefix(drawn, distilled.mask))
     return KeyValuePrefix(
         tuple(_draw_like(keys, generator, first=1) for keys in distilled.keys),
         tuple(_draw_like(values, generator, first=1) for values in distilled.values),

@@ -45,7 +45,7 @@ def score_options(
         ShapeError: The prefix has neither one row nor one a query, or the base model has no positions left.
     """
     _check_options(queries, options)
-    key_values = None if prefix is None else model.to_key_values(prefix)
+    key_values = None if prefix is None else model.route.prepare(prefix)
     if key_values is not None and len(key_values) not in (1, len(queries)):
         raise ShapeError(
             f"Expected a prefix of 1 row or of {len(queries)}, one a query, got {len(key_values)} rows: "
@@ -87,7 +87,7 @@ def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> 
 
 
 def _score_batch(
-    model: MendModel, queries: list[str], options: list[Sequence[str]], prefix: KeyValuePrefix | None
+    model: MendModel, queries: list[str], options: list[Sequence[str]], prefix: Prefix | None
 ) -> list[list[float]]:
     encoding = model.tokenize(queries)
     mask = encoding["attention_mask"]
@@ -95,7 +95,7 @@ def _score_batch(
     ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
     longest = max(len(answer) for _, answer in ids)
     whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
-    if prefix is None:
+    if not isinstance(prefix, KeyValuePrefix):
         check_positions(model.base_model, whole, whole.new_zeros(1), 0)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True}
     else:

@@ -1,0 +1,17 @@
+"""How a prefix reaches a frozen base model: one route a kind of model, all with the same few methods."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from mend_hf.routes.base import Route
+from mend_hf.routes.cached import CachedRoute
+
+
+def get_route(base_model: PreTrainedModel) -> Route:
+    """Return the route by which this base model reads a prefix.
+
+    Args:
+        base_model: One that `architectures.check_base_model` accepts.
+    """
+    return CachedRoute(base_model)

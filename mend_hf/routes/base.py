@@ -1,0 +1,75 @@
+"""What every route offers to the model above it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mend_hf.errors import ShapeError
+from mend_hf.prefix import Prefix
+
+
+class Route(ABC):
+    """The way a prefix takes into one base model, whose weights and code stay as they are.
+
+    Shapes: B rows, T query tokens, N tokens of a text.
+
+    Args:
+        base_model: The frozen base model.
+    """
+
+    def __init__(self, base_model: PreTrainedModel) -> None:
+        self.base_model = base_model
+
+    @abstractmethod
+    def prepare(self, prefix: Prefix) -> Prefix:
+        """Return the prefix on the base model's device, and do what need not be done again for every query."""
+
+    @abstractmethod
+    def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Prefix:
+        """Return the prepared prefix that stands for token ids (B, N), padded on the left, as plain text."""
+
+    @abstractmethod
+    def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
+        """Run the base model over queries behind a prepared prefix.
+
+        Args:
+            prefix: B rows.
+            input_ids (B, T): The queries' tokens; None: `inputs_embeds` is among the other arguments.
+            attention_mask (B, T): Of the queries alone.
+            **kwargs: `labels` and whatever else the base model takes.
+
+        Returns:
+            The base model's output for the query's positions alone.
+
+        Raises:
+            ShapeError: The base model cannot read this query behind this prefix.
+        """
+
+    @abstractmethod
+    def generate(self, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Any:
+        """Let the base model generate behind a prepared prefix; arguments and errors as in `forward`.
+
+        Returns:
+            What the base model's `generate` returns; the prefix never appears in it.
+        """
+
+
+def match_rows(prefix: Prefix, num_rows: int) -> Prefix:
+    """Give every row of a batch its prefix: each its own, or all the same.
+
+    Raises:
+        ShapeError: There are neither one nor as many tasks as rows.
+    """
+    if len(prefix) == num_rows:
+        return prefix
+    if len(prefix) == 1:
+        return prefix.expand(num_rows)
+    raise ShapeError(
+        f"Expected distilled demonstrations of 1 task or of {num_rows}, one a row, got {len(prefix)} tasks: "
+        "pick one a row with .select([...])."
+    )
