@@ -6,6 +6,7 @@ The only file that looks at model types.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -59,6 +60,18 @@ def get_backbone(model: PreTrainedModel) -> PreTrainedModel:
 def get_embedding_width(model: PreTrainedModel) -> int:
     """Return E, the width of what goes in as `inputs_embeds` (OPT-350M: not the hidden width)."""
     return model.get_input_embeddings().weight.shape[1]
+
+
+def keep_output_contiguous(model: PreTrainedModel) -> Callable[[], None]:
+    """Let the language-model head of a frozen model read contiguous hidden states, and return what undoes it.
+
+    torch multiplies a slice of hidden states, as `logits_to_keep` and `generate` make one, by a weight without
+    `requires_grad` row by row, which takes several times as long in a batch; all else stays as it is.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return lambda: None
+    return head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])).remove
 
 
 def get_max_positions(model: PreTrainedModel) -> int | None:

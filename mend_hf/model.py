@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, PushToHubMixin
 
-from mend_hf.architectures import check_base_model
+from mend_hf.architectures import check_base_model, keep_output_contiguous
 from mend_hf.artifact import DistilledDemonstrations, describe_origin
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
@@ -75,6 +75,7 @@ class MendModel(PushToHubMixin, nn.Module):
         for parameter, _ in self._before[1]:  # only now: an error above leaves the base model as it was
             parameter.requires_grad_(False)
         self.base_model = base_model.eval()
+        self._let_output_be = keep_output_contiguous(base_model)
         self.route = get_route(base_model)
         self._source: str | None = None
         self._bound: DistilledDemonstrations | None = None
@@ -265,6 +266,7 @@ class MendModel(PushToHubMixin, nn.Module):
     def unload(self) -> PreTrainedModel:
         """Return the base model as it was before it was wrapped; this model is of no use afterwards."""
         self.distiller.remove_adapter()
+        self._let_output_be()
         for parameter, required_grad in self._before[1]:
             parameter.requires_grad_(required_grad)
         return self.base_model.train(self._before[0])

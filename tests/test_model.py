@@ -285,3 +285,11 @@ def test_gradients_flow_through_the_columns_of_the_collator(model):
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, demonstrations=SHOTS
     )
     torch.testing.assert_close(raw.loss, loss)
+
+
+def test_the_language_model_head_reads_contiguous_states_while_wrapped(model):
+    head, seen = model.base_model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].is_contiguous()))
+    model(**model.tokenize(["good food", "bad"]), demonstrations=SHOTS, logits_to_keep=1)
+    assert seen == [True]
+    assert not model.unload().get_output_embeddings()._forward_pre_hooks
