@@ -142,6 +142,11 @@ class MendModel(PushToHubMixin, nn.Module):
         """
         self._binding.set_everywhere(self._distil_if_raw(demonstrations))
 
+    @property
+    def bound_demonstrations(self) -> DistilledDemonstrations | None:
+        """What is answered from, here, whenever no demonstrations are given; None under `disable_adapter()`."""
+        return None if self._binding.is_disabled else self._binding.demonstrations
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Be the bare base model inside the block, in this thread, whatever demonstrations are bound or given."""

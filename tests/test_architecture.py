@@ -30,10 +30,10 @@ LAYERS = (
     ("artifact",),
     ("hub", "binding"),
     ("data/", "model"),
-    ("auto", "pipeline", "training_args"),
+    ("auto", "training_args"),
     ("trainer",),
     ("evaluation/",),
-    ("integrations/",),
+    ("integrations/", "pipeline"),
     ("cli/",),
 )
 # Modules of these folders may also import each other, in any order that has no circle.
