@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mend_hf.data.collator import MendCollator
     from mend_hf.demonstrations import Demonstration
     from mend_hf.model import MendModel
+    from mend_hf.pipeline import FewShotClassificationPipeline, FewShotTextGenerationPipeline, register_pipelines
     from mend_hf.trainer import MendTrainer
     from mend_hf.training_args import MendTrainingArguments
 
@@ -21,18 +22,23 @@ _MODULE_OF = {
     "AutoMendModel": "auto",
     "Demonstration": "demonstrations",
     "DistilledDemonstrations": "artifact",
+    "FewShotClassificationPipeline": "pipeline",
+    "FewShotTextGenerationPipeline": "pipeline",
     "MendCollator": "data.collator",
     "MendConfig": "config",
     "MendModel": "model",
     "MendTrainer": "trainer",
     "MendTrainingArguments": "training_args",
     "get_mend_model": "auto",
+    "register_pipelines": "pipeline",
 }
 
 __all__ = [
     "AutoMendModel",
     "Demonstration",
     "DistilledDemonstrations",
+    "FewShotClassificationPipeline",
+    "FewShotTextGenerationPipeline",
     "MendCollator",
     "MendConfig",
     "MendModel",
@@ -40,6 +46,7 @@ __all__ = [
     "MendTrainingArguments",
     "__version__",
     "get_mend_model",
+    "register_pipelines",
 ]
 
 

@@ -9,13 +9,22 @@ import inspect
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mend_hf.errors import ShapeError, UnsupportedModelError
 
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 
-def check_base_model(base_model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]:
+_TASK_OF_HEAD: dict[str, TaskType] = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def check_base_model(base_model: nn.Module) -> TaskType:
     """Return PEFT's task type of a base model that can read a prefix.
 
     Raises:
@@ -31,10 +40,11 @@ def check_base_model(base_model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_L
             f"Expected a decoder-only base model, got the encoder-decoder {base_model.config.model_type!r}: this "
             "version cannot put a prefix in front of an encoder yet. Use a causal language model."
         )
-    if not base_model.can_generate():
+    if any(getattr(module, "is_causal", None) is False for module in base_model.modules()):
         raise UnsupportedModelError(
-            f"Expected a model with a language-model head, got {type(base_model).__name__}. "
-            "Load it through AutoModelForCausalLM."
+            f"Expected a decoder-only base model, got {type(base_model).__name__}, which reads in both "
+            "directions: what stands in front of a query would change with it, and nothing of it could be kept. Use "
+            "a causal model, with or without a head: AutoModelForCausalLM, AutoModelForSequenceClassification."
         )
     missing = [name for name in ("inputs_embeds", "past_key_values", "position_ids") if not accepts(base_model, name)]
     if missing:
@@ -42,7 +52,17 @@ def check_base_model(base_model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_L
             f"Expected a base model whose forward pass takes inputs_embeds, past_key_values and position_ids; "
             f"{type(base_model).__name__} lacks {', '.join(missing)}. Use an attention model with explicit positions."
         )
-    return "CAUSAL_LM"
+    if base_model.can_generate():
+        return "CAUSAL_LM"
+    for head, task_type in _TASK_OF_HEAD.items():
+        if type(base_model).__name__.endswith(head):
+            return task_type
+    if get_backbone(base_model) is base_model:
+        return "FEATURE_EXTRACTION"
+    raise UnsupportedModelError(
+        f"Expected a backbone, or a head for language modelling, sequence or token classification or question "
+        f"answering, got {type(base_model).__name__}. Load it through AutoModelForCausalLM."
+    )
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -88,6 +108,49 @@ def get_sliding_window(model: PreTrainedModel) -> int | None:
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None
     return getattr(config, "sliding_window", None)
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Refuse to write with a model that has no language-model head.
+
+    Raises:
+        UnsupportedModelError: It has a classification head or none.
+    """
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"Expected a base model with a language-model head to write with, got {type(model).__name__}: "
+            "call the model for its logits or hidden states, or load the base model through AutoModelForCausalLM."
+        )
+
+
+def check_pooling(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor) -> None:
+    """Refuse a query that a sequence classifier of transformers would classify by another token than its last one.
+
+    Such a head takes the last id that is not `config.pad_token_id`; of embeddings, or without such an id, simply the
+    last position.
+
+    Args:
+        model: With a head for sequence classification.
+        input_ids (B, T): The queries' tokens; None: embeddings are given.
+        attention_mask (B, T): Of the queries.
+
+    Raises:
+        ShapeError: A row's last token that counts is not the one that the head takes.
+    """
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (places * attention_mask.bool()).argmax(1)  # [B]
+    pad_token_id = model.config.get_text_config().pad_token_id
+    if input_ids is None or pad_token_id is None:
+        taken, remedy = torch.full_like(last, attention_mask.shape[1] - 1), "pad on the left"
+    else:
+        taken = (places * (input_ids != pad_token_id)).argmax(1)
+        remedy = f"fill padding with the base model's pad_token_id {pad_token_id}, which no query may end in"
+    wrong = (taken != last).nonzero().flatten().tolist()
+    if wrong:
+        raise ShapeError(
+            f"Expected {type(model).__name__} to classify every query by its last token, got position "
+            f"{int(taken[wrong[0]])} in place of {int(last[wrong[0]])} in row {wrong[0]}: {remedy}."
+        )
 
 
 def check_length(model: PreTrainedModel, lengths: Tensor) -> None:

@@ -5,11 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from mend_hf.architectures import TaskType
 from mend_hf.config import MendConfig
 from mend_hf.errors import CheckpointError
 from mend_hf.model import MendModel
+
+AUTO_CLASSES: dict[TaskType, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": AutoModel,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+}
 
 
 def get_mend_model(
@@ -46,7 +65,7 @@ class AutoMendModel:
             name_or_path: A folder that `save_pretrained` wrote, or a Hub id.
             hub: `revision`, `token`, `subfolder` ... for the distiller.
             tokenizer: The base model's; None: looked up under the base model's name.
-            **base_model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, ...
+            **base_model_kwargs: Passed to the auto class of the config's task type: `dtype`, `device_map`, ...
 
         Raises:
             CheckpointError: The distiller is missing, damaged, or does not name its base model.
@@ -58,5 +77,6 @@ class AutoMendModel:
                 "MendModel.from_pretrained(base_model, ...)."
             )
         base_model_kwargs.setdefault("revision", config.base_model_revision or "main")
-        base_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **base_model_kwargs)
+        auto_class = AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
+        base_model = auto_class.from_pretrained(config.base_model_name_or_path, **base_model_kwargs)
         return MendModel.from_pretrained(base_model, name_or_path, tokenizer, config=config, **(hub or {}))

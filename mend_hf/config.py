@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mend_hf import __version__
+from mend_hf.architectures import TaskType
 from mend_hf.errors import ConfigError
 from mend_hf.files import fetch_file, read_json, write_folder, write_json
 
@@ -36,7 +37,7 @@ class MendConfig:
     base_model_fingerprint: dict[str, Any] | None = _setting(
         None, "Widths, layer counts and vocabulary hash of the base model; filled in by `get_mend_model`."
     )
-    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = _setting(
+    task_type: TaskType | None = _setting(
         None, "PEFT's name for the kind of base model; filled in by `get_mend_model`."
     )
     distiller_name_or_path: str | None = _setting(

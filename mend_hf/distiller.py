@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
+from mend_hf.adapter_switch import adapter_on, switch_by_thread
 from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask
@@ -204,21 +205,14 @@ class DemonstrationDistiller(nn.Module):
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
-            inject_adapter_in_model(_lora_config(self.config), self._model, adapter_name=ADAPTER_NAME)
+            inject_adapter_in_model(_lora_config(self.config, self._model), self._model, adapter_name=ADAPTER_NAME)
         if self.config.is_shared:
-            self._switch_adapter(enabled=False)
+            for layer in self.adapter_layers():
+                switch_by_thread(layer)
 
-    @contextmanager
-    def adapter_on(self) -> Iterator[None]:
-        """Read with the LoRA adapter; outside of this context a shared base model is the bare base model."""
-        if self.reader is not None:
-            yield
-            return
-        self._switch_adapter(enabled=True)
-        try:
-            yield
-        finally:
-            self._switch_adapter(enabled=False)
+    def adapter_on(self) -> AbstractContextManager[None]:
+        """Read with the LoRA adapter, in this thread; outside of the block a shared base model is as bare as ever."""
+        return adapter_on() if self.config.is_shared and self.config.lora_r else nullcontext()
 
     def forward(self, batch: DemonstrationBatch) -> Prefix:
         """Distil the demonstrations of B tasks.
@@ -314,15 +308,6 @@ class DemonstrationDistiller(nn.Module):
             lengths,
         )
 
-    def _switch_adapter(self, *, enabled: bool) -> None:
-        """Switch the adapter without touching `requires_grad`, which peft clears on switching off."""
-        for layer in self.adapter_layers():
-            parameters = [*layer.parameters()]
-            flags = [parameter.requires_grad for parameter in parameters]
-            layer.enable_adapters(enabled)
-            for parameter, flag in zip(parameters, flags, strict=True):
-                parameter.requires_grad_(flag)
-
 
 def load_reader(config: MendConfig) -> PreTrainedModel:
     """Load the model of a separate distiller; of an encoder-decoder model its encoder."""
@@ -334,13 +319,17 @@ def _append(past: EmbeddingPrefix, new: EmbeddingPrefix) -> EmbeddingPrefix:
     return EmbeddingPrefix(torch.cat([past.vectors, new.vectors], dim=1), torch.cat([past.mask, new.mask], dim=1))
 
 
-def _lora_config(config: MendConfig) -> LoraConfig:
-    targets = config.lora_target_modules
+def _lora_config(config: MendConfig, model: PreTrainedModel) -> LoraConfig:
+    targets, backbone = config.lora_target_modules, get_backbone(model)
+    has_other_head = backbone is not model and not model.can_generate()  # peft knows heads for language only
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        exclude_modules=[n for n, child in model.named_children() if child is not backbone]
+        if has_other_head
+        else None,
     )
 
 

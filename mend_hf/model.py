@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, PushToHubMixin
 
-from mend_hf.architectures import check_base_model, keep_output_contiguous
+from mend_hf.architectures import check_base_model, check_generates, check_pooling, keep_output_contiguous
 from mend_hf.artifact import DistilledDemonstrations, describe_origin
+from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
 from mend_hf.distiller import DemonstrationBatch, DemonstrationDistiller, load_reader
@@ -38,7 +39,7 @@ class MendModel(PushToHubMixin, nn.Module):
     does not have itself are the base model's.
 
     Args:
-        base_model: Decoder-only language model; its weights are never changed.
+        base_model: Decoder-only model with a head for language or classes, or none; its weights are never changed.
         config: Of the distiller.
         tokenizer: The base model's; None: looked up under the base model's name.
     """
@@ -78,8 +79,7 @@ class MendModel(PushToHubMixin, nn.Module):
         self._let_output_be = keep_output_contiguous(base_model)
         self.route = get_route(base_model)
         self._source: str | None = None
-        self._bound: DistilledDemonstrations | None = None
-        self._is_disabled = False
+        self._binding = Binding()
         self._prepared: MutableMapping[DistilledDemonstrations, Prefix] = weakref.WeakKeyDictionary()
 
     @property
@@ -128,28 +128,31 @@ class MendModel(PushToHubMixin, nn.Module):
 
     @contextmanager
     def use_demonstrations(self, demonstrations: Any) -> Iterator[MendModel]:
-        """Answer from these demonstrations inside the block whenever none are given."""
-        before = self._bound
-        self.set_demonstrations(demonstrations)
-        try:
+        """Answer from these demonstrations inside the block whenever none are given.
+
+        The block is that of one thread, or of one asyncio task: others may be in blocks of their own at the same time.
+        A thread that is started inside the block does not take part unless it runs in `contextvars.copy_context()`.
+        """
+        with self._binding.bind_here(self._distil_if_raw(demonstrations)):
             yield self
-        finally:
-            self._bound = before
 
     def set_demonstrations(self, demonstrations: Any | None) -> None:
-        """Answer from these demonstrations, raw or distilled, from now on whenever none are given; None: no more."""
-        if demonstrations is not None and not isinstance(demonstrations, DistilledDemonstrations):
-            demonstrations = self.distill(demonstrations)
-        self._bound = demonstrations
+        """Answer from these demonstrations, raw or distilled, from now on whenever none are given; None: no more.
+
+        They are set for all threads; inside a block of `use_demonstrations` the block's stay in use.
+        """
+        self._binding.set_everywhere(self._distil_if_raw(demonstrations))
+
+    @property
+    def bound_demonstrations(self) -> DistilledDemonstrations | None:
+        """What is answered from, here, whenever no demonstrations are given; None under `disable_adapter()`."""
+        return None if self._binding.is_disabled else self._binding.demonstrations
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Be the bare base model inside the block, whatever demonstrations are bound or given."""
-        before, self._is_disabled = self._is_disabled, True
-        try:
+        """Be the bare base model inside the block, in this thread, whatever demonstrations are bound or given."""
+        with self._binding.disable_here():
             yield
-        finally:
-            self._is_disabled = before
 
     def forward(
         self,
@@ -188,15 +191,19 @@ class MendModel(PushToHubMixin, nn.Module):
             columns = (demo_input_ids, demo_attention_mask, demo_anchor_mask, demo_task_rows)
             prefix = self.distiller(DemonstrationBatch.from_columns(*columns))
         query = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if query is None or prefix is None or self._is_disabled:
-            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        if labels is not None:
+            kwargs["labels"] = labels
+        if query is None or prefix is None or self._binding.is_disabled:
+            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
         prefix = self.route.prepare(prefix)
         if query_task_rows is not None:
             prefix = prefix.select(query_task_rows)
         prefix = match_rows(prefix, attention_mask.shape[0])
-        return self.route.forward(prefix, input_ids, attention_mask, labels=labels, **kwargs)
+        if self.mend_config.task_type == "SEQ_CLS":
+            check_pooling(self.base_model, input_ids, attention_mask)
+        return self.route.forward(prefix, input_ids, attention_mask, **kwargs)
 
     @torch.no_grad()
     def generate(
@@ -217,11 +224,12 @@ class MendModel(PushToHubMixin, nn.Module):
         Returns:
             What the base model's `generate` returns: the prefix never appears in it.
         """
+        check_generates(self.base_model)
         input_ids = generation.pop("inputs", input_ids)
         if input_ids is not None and not isinstance(input_ids, Tensor):
             input_ids, attention_mask = self.tokenize(input_ids).values()
         prefix = self._resolve(demonstrations)
-        if prefix is None or self._is_disabled:
+        if prefix is None or self._binding.is_disabled:
             masks = {} if attention_mask is None else {"attention_mask": attention_mask}
             return self.base_model.generate(input_ids, **masks, **generation)
         if not isinstance(input_ids, Tensor) or input_ids.shape[1] == 0:
@@ -344,12 +352,15 @@ class MendModel(PushToHubMixin, nn.Module):
 
     def _resolve(self, demonstrations: Any | None) -> Prefix | None:
         """Return the prefix to answer from: the argument's, else what is bound, else none."""
-        if demonstrations is None:
-            demonstrations = self._bound
-        elif self._bound is not None and not self._is_disabled:
-            raise DataError("Expected one source of demonstrations, got two: call set_demonstrations(None) first.")
-        if demonstrations is None or self._is_disabled:
+        bound = self._binding.demonstrations
+        if self._binding.is_disabled or (demonstrations is None and bound is None):
             return None
+        if demonstrations is not None and bound is not None:
+            raise DataError(
+                "Expected one source of demonstrations, got two, given and bound: leave the block of "
+                "use_demonstrations, or call set_demonstrations(None) first."
+            )
+        demonstrations = bound if demonstrations is None else demonstrations
         if isinstance(demonstrations, Prefix):
             return demonstrations
         if not isinstance(demonstrations, DistilledDemonstrations):
@@ -358,9 +369,14 @@ class MendModel(PushToHubMixin, nn.Module):
         check_fingerprint(made_for, self.mend_config.base_model_fingerprint or {}, "What was distilled")
         if torch.is_grad_enabled() or isinstance(demonstrations.prefix, KeyValuePrefix):
             return demonstrations.prefix
-        if demonstrations not in self._prepared:
-            self._prepared[demonstrations] = self.route.prepare(demonstrations.prefix)
-        return self._prepared[demonstrations]
+        prepared = self._prepared.get(demonstrations)
+        if prepared is None:  # several threads may get here at once, and then each makes the same
+            prepared = self._prepared[demonstrations] = self.route.prepare(demonstrations.prefix)
+        return prepared
+
+    def _distil_if_raw(self, demonstrations: Any | None) -> DistilledDemonstrations | None:
+        is_raw = demonstrations is not None and not isinstance(demonstrations, DistilledDemonstrations)
+        return self.distill(demonstrations) if is_raw else demonstrations
 
     def _encode(self, demonstrations: Any) -> list[EncodedTask]:
         if isinstance(demonstrations, Tensor):

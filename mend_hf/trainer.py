@@ -56,6 +56,12 @@ class MendTrainer(Trainer):
             raise ConfigError(
                 f"Expected a MendModel, got {type(model).__name__}: wrap the base model with get_mend_model first."
             )
+        if not model.can_generate():
+            raise ConfigError(
+                "Expected a base model with a language-model head, because teacher and student are compared token by "
+                f"token, got {model.mend_config.task_type}: train with transformers' Trainer and a collator that "
+                "gives demo_input_ids and the head's labels; the loss that the model then returns is the head's own."
+            )
         if args.to_dict().get("activation_checkpointing") or args.to_dict().get("gradient_checkpointing"):
             raise ConfigError(
                 "Expected gradient_checkpointing=False, got True: it drops the cache that the prefix is in. Save "

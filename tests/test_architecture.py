@@ -22,18 +22,18 @@ MAX_LINES = 400
 # From the ground up: a module imports only what stands on a lower line. A name that ends in "/" is a folder.
 LAYERS = (
     ("errors",),
-    ("losses", "files", "architectures"),
+    ("losses", "files", "architectures", "adapter_switch"),
     ("config", "fingerprint"),
     ("demonstrations",),
     ("prefix",),
     ("distiller", "routes/"),
     ("artifact",),
-    ("hub",),
+    ("hub", "binding"),
     ("data/", "model"),
-    ("auto", "pipeline", "training_args"),
+    ("auto", "training_args"),
     ("trainer",),
     ("evaluation/",),
-    ("integrations/",),
+    ("integrations/", "pipeline"),
     ("cli/",),
 )
 # Modules of these folders may also import each other, in any order that has no circle.

@@ -1,0 +1,55 @@
+"""LoRA layers that one thread may read through while another one reads past them.
+
+A shared distiller's LoRA matrices sit in the base model that answers queries. Whether they count is asked at the
+layer, by the thread that runs it, so distilling and answering at the same time are both exact and neither waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+class _Thread(threading.local):
+    """What the current thread has switched on; a new thread starts with nothing."""
+
+    adapter_is_on = False
+
+
+_THREAD = _Thread()
+
+
+@contextmanager
+def adapter_on() -> Iterator[None]:
+    """Let this thread, inside the block, read through the adapters that `switch_by_thread` was called for.
+
+    No caller's code may run inside: what an event loop puts in between would read through the adapter too.
+    """
+    before, _THREAD.adapter_is_on = _THREAD.adapter_is_on, True
+    try:
+        yield
+    finally:
+        _THREAD.adapter_is_on = before
+
+
+def switch_by_thread(layer: BaseTunerLayer) -> None:
+    """Leave a layer's LoRA matrices out from here on, save in threads inside `adapter_on`."""
+    layer_class: type = type(layer)
+    layer.__class__ = _with_switch(layer_class)
+
+
+class _SwitchedLayer:
+    """Answers in place of peft's flag, which all threads share."""
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not _THREAD.adapter_is_on
+
+
+@cache
+def _with_switch(layer_class: type) -> type:
+    return type(layer_class.__name__, (_SwitchedLayer, layer_class), {"__module__": layer_class.__module__})
