@@ -17,7 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
+from mend_hf.architectures import (
+    check_length,
+    check_padding,
+    get_backbone,
+    get_embedding_width,
+    get_unadaptable_modules,
+)
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask
 from mend_hf.errors import ConfigError
@@ -30,6 +36,7 @@ from mend_hf.prefix import (
     join_chunks,
     make_cache,
     pack_right,
+    position_inputs,
     positions_of,
     stack_rows,
 )
@@ -204,7 +211,7 @@ class DemonstrationDistiller(nn.Module):
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
-            inject_adapter_in_model(_lora_config(self.config), self._model, adapter_name=ADAPTER_NAME)
+            inject_adapter_in_model(_lora_config(self.config, self._model), self._model, adapter_name=ADAPTER_NAME)
         if self.config.is_shared:
             self._switch_adapter(enabled=False)
 
@@ -267,7 +274,8 @@ class DemonstrationDistiller(nn.Module):
             embeddings = torch.cat([past.vectors.to(embeddings.dtype), embeddings], dim=1)
             mask = torch.cat([past.mask.to(mask.dtype), mask], dim=1)
         check_length(self._model, mask.sum(1))
-        positions = {"position_ids": positions_of(mask)} if accepts(self._backbone, "position_ids") else {}
+        check_padding(self._model, mask)
+        positions = position_inputs(self._backbone, positions_of(mask))
         output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, **positions)
         hidden = output.last_hidden_state[:, -self.config.num_virtual_tokens :]  # [N, V, R]
         update = self.projection(self.norm(hidden.to(self.projection.weight.dtype)))
@@ -302,7 +310,7 @@ class DemonstrationDistiller(nn.Module):
         self._backbone(
             inputs_embeds=embeddings,
             attention_mask=torch.cat([past_mask, mask], dim=1),
-            position_ids=positions,
+            **position_inputs(self._backbone, positions),
             past_key_values=cache,
             use_cache=True,
         )
@@ -334,13 +342,14 @@ def _append(past: EmbeddingPrefix, new: EmbeddingPrefix) -> EmbeddingPrefix:
     return EmbeddingPrefix(torch.cat([past.vectors, new.vectors], dim=1), torch.cat([past.mask, new.mask], dim=1))
 
 
-def _lora_config(config: MendConfig) -> LoraConfig:
+def _lora_config(config: MendConfig, model: PreTrainedModel) -> LoraConfig:
     targets = config.lora_target_modules
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        exclude_modules=get_unadaptable_modules(model) or None,
     )
 
 
