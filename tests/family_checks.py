@@ -36,19 +36,22 @@ class Measured:
     """What a check found.
 
     Attributes:
-        difference: The largest absolute difference; of tokens, how many differ.
-        is_exact: Whether it is within the tolerance; tokens must be equal.
+        difference: The largest absolute difference of numbers.
+        is_exact: Whether it is within the tolerance, and no token differs.
+        num_tokens: How many generated tokens differ.
         own_difference: What the bare base model makes of the same change, where that is measured.
     """
 
     difference: float
     is_exact: bool
+    num_tokens: int = 0
     own_difference: float = 0.0
 
     @property
     def is_right(self) -> bool:
         """Whether it is exact, or a rounding of the size that the base model itself has."""
-        return self.is_exact or self.difference <= MAX_OWN_ROUNDINGS * self.own_difference
+        is_rounding = self.difference <= MAX_OWN_ROUNDINGS * self.own_difference
+        return self.is_exact or (is_rounding and self.num_tokens == 0)
 
 
 @dataclass
@@ -131,7 +134,7 @@ def compare_tokens(got: Tensor, expected: Tensor) -> Measured:
         sum(a != b for a, b in zip(row, other, strict=False)) + abs(len(row) - len(other))
         for row, other in zip(got, expected, strict=True)
     )
-    return Measured(different, different == 0)
+    return Measured(0.0, different == 0, different)
 
 
 def worst(measured: list[Measured]) -> Measured:
@@ -139,6 +142,7 @@ def worst(measured: list[Measured]) -> Measured:
     return Measured(
         max(one.difference for one in measured),
         all(one.is_exact for one in measured),
+        max(one.num_tokens for one in measured),
         max(one.own_difference for one in measured),
     )
 
