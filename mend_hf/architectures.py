@@ -11,9 +11,43 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from mend_hf.errors import ShapeError, UnsupportedModelError
+from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
+
+# Models that look positions up in a table, learned or computed once, and fail behind its end.
+_POSITION_TABLES = frozenset({"biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt", "xglm"})
+# ALiBi without position_ids: the first counts what the attention mask keeps, the second every slot of the cache.
+_POSITIONS_FROM_MASK = frozenset({"bloom"})
+_POSITIONS_FROM_SLOTS = frozenset({"mpt"})
+# Models with states beside keys and values of which was measured that padding on the left changes nothing.
+_BLIND_TO_PADDING = frozenset({"bamba", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "mpt", "qwen3_next"})
+# Modules that a Mamba block reads past their forward pass, so that an adapter on them would be ignored (peft refuses).
+_MAMBA_BLOCKS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_UNADAPTABLE_IN_MAMBA = ("out_proj", "conv1d")
+# Layers of a cache whose slots can be picked and put together again.
+_PLAIN_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+# Read both ways, and where not, number their positions in their own ways.
+_ENCODERS = frozenset(
+    {
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 
@@ -46,10 +80,15 @@ def check_base_model(base_model: nn.Module) -> TaskType:
             "directions: what stands in front of a query would change with it, and nothing of it could be kept. Use "
             "a causal model, with or without a head: AutoModelForCausalLM, AutoModelForSequenceClassification."
         )
-    missing = [name for name in ("inputs_embeds", "past_key_values", "position_ids") if not accepts(base_model, name)]
+    if base_model.config.model_type in _ENCODERS:
+        raise UnsupportedModelError(
+            f"Expected a model trained to continue text, got the encoder {base_model.config.model_type!r}, which "
+            "reads in both directions. Use a decoder-only model; an encoder can be a separate distiller."
+        )
+    missing = [name for name in _needed_arguments(base_model) if not accepts(base_model, name)]
     if missing:
         raise UnsupportedModelError(
-            f"Expected a base model whose forward pass takes inputs_embeds, past_key_values and position_ids; "
+            f"Expected a base model whose forward pass takes {', '.join(_needed_arguments(base_model))}; "
             f"{type(base_model).__name__} lacks {', '.join(missing)}. Use an attention model with explicit positions."
         )
     if base_model.can_generate():
@@ -63,6 +102,64 @@ def check_base_model(base_model: nn.Module) -> TaskType:
         f"Expected a backbone, or a head for language modelling, sequence or token classification or question "
         f"answering, got {type(base_model).__name__}. Load it through AutoModelForCausalLM."
     )
+
+
+def _needed_arguments(model: PreTrainedModel) -> tuple[str, ...]:
+    if not holds_prefix_in_cache(model):
+        return ("inputs_embeds", "attention_mask")
+    positions = () if model.config.model_type in _POSITIONS_FROM_MASK else ("position_ids",)
+    return ("inputs_embeds", "past_key_values", *positions)
+
+
+def holds_prefix_in_cache(model: PreTrainedModel) -> bool:
+    """Return whether a prefix can stand in the model's cache, slot by slot.
+
+    It cannot where a layer keeps a state of all it has read (state spaces, linear attention, convolutions), where a
+    layer sees blocks of the cache at fixed borders, and where the cache's slots are the positions.
+    """
+    if model.config.model_type in _POSITIONS_FROM_SLOTS:
+        return False
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    layers = DynamicCache(config=model.config).layers
+    return "chunked_attention" not in layer_types and all(type(layer).__name__ in _PLAIN_LAYERS for layer in layers)
+
+
+def choose_prefix_form(
+    model: PreTrainedModel, prefix_form: Literal["kv", "embeds"] | None, *, is_shared: bool
+) -> Literal["kv", "embeds"]:
+    """Return the form of prefix that was asked for, or the best one for the base model.
+
+    Args:
+        model: The base model.
+        prefix_form: What was asked for; None: whatever is best.
+        is_shared: Whether the base model itself distils.
+
+    Raises:
+        ConfigError: The base model's cache cannot hold keys and values as a prefix.
+    """
+    has_slots = holds_prefix_in_cache(model)
+    if prefix_form == "kv" and not has_slots:
+        raise ConfigError(
+            f'Expected prefix_form="embeds" for {type(model).__name__}, whose cache is more than a list of keys and '
+            'values at given positions, got "kv": leave prefix_form out, or set it to "embeds".'
+        )
+    return prefix_form or ("kv" if is_shared and has_slots else "embeds")
+
+
+def check_gradients(base_model: PreTrainedModel) -> None:
+    """Refuse to train through layers that lose gradients.
+
+    On a CPU, bitsandbytes lays 4-bit weights out anew at the first pass in evaluation mode; passes through them have
+    no gradients from then on.
+
+    Raises:
+        UnsupportedModelError: The base model has such layers.
+    """
+    if getattr(base_model, "is_loaded_in_4bit", False) and base_model.device.type == "cpu":
+        raise UnsupportedModelError(
+            "Expected a base model with gradients to train a distiller through, got 4-bit weights on a CPU, where "
+            "bitsandbytes computes none: load it in 8 bits or with torchao, or train on a GPU."
+        )
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -94,16 +191,30 @@ def keep_output_contiguous(model: PreTrainedModel) -> Callable[[], None]:
     return head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])).remove
 
 
+def get_unadaptable_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of linear modules that cannot carry LoRA matrices in this model, or are of no use to it.
+
+    Of heads peft leaves out those for language alone.
+    """
+    names = list(_UNADAPTABLE_IN_MAMBA) if model.config.model_type in _MAMBA_BLOCKS else []
+    backbone = get_backbone(model)
+    if backbone is not model and not model.can_generate():
+        names += [name for name, child in model.named_children() if child is not backbone]
+    return names
+
+
 def get_max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a learned position table holds; None where positions are computed (rotary, ALiBi)."""
-    if model.config.model_type in ("gpt2", "opt", "gpt_bigcode", "codegen", "gptj", "ctrl", "xglm", "biogpt"):
+    """Return how many positions a table of them holds; None where they are computed anew (rotary, ALiBi)."""
+    if model.config.model_type in _POSITION_TABLES:
         return model.config.max_position_embeddings
-    return None
+    return model.config.max_seq_len if model.config.model_type in _POSITIONS_FROM_SLOTS else None
 
 
 def get_sliding_window(model: PreTrainedModel) -> int | None:
     """Return how far back a layer with sliding-window attention looks, in tokens; None where no layer has one."""
     config = model.config.get_text_config(decoder=True)
+    if config.model_type == "gpt_neo":
+        return config.window_size if "local" in config.attention_layers else None
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
         return None
@@ -168,6 +279,24 @@ def check_length(model: PreTrainedModel, lengths: Tensor) -> None:
         raise ShapeError(
             f"Expected at most {limit} tokens at once, for which {type(model).__name__} has positions, got "
             f"{int(lengths.max())}: lower max_distiller_tokens or num_virtual_tokens, or give fewer demonstrations."
+        )
+
+
+def reads_padding(model: PreTrainedModel) -> bool:
+    """Return whether padding on the left may change what the model answers, whatever the mask says."""
+    return not holds_prefix_in_cache(model) and model.config.model_type not in _BLIND_TO_PADDING
+
+
+def check_padding(model: PreTrainedModel, mask: Tensor) -> None:
+    """Refuse a padded batch (B, N) where the model would read the padding.
+
+    Raises:
+        ShapeError: Rows are of different lengths.
+    """
+    if reads_padding(model) and not mask.all():
+        raise ShapeError(
+            f"Expected rows of one length, because padding leaks into the states of {type(model).__name__}, got "
+            f"{sorted(set(mask.sum(1).tolist()))} tokens in a batch of {mask.shape[1]}: ask rows one by one."
         )
 
 

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_on, switch_by_thread
-from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
+from mend_hf.architectures import (
+    check_length,
+    check_padding,
+    get_backbone,
+    get_embedding_width,
+    get_unadaptable_modules,
+)
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask
 from mend_hf.errors import ConfigError
@@ -31,6 +37,7 @@ from mend_hf.prefix import (
     join_chunks,
     make_cache,
     pack_right,
+    position_inputs,
     positions_of,
     stack_rows,
 )
@@ -261,7 +268,8 @@ class DemonstrationDistiller(nn.Module):
             embeddings = torch.cat([past.vectors.to(embeddings.dtype), embeddings], dim=1)
             mask = torch.cat([past.mask.to(mask.dtype), mask], dim=1)
         check_length(self._model, mask.sum(1))
-        positions = {"position_ids": positions_of(mask)} if accepts(self._backbone, "position_ids") else {}
+        check_padding(self._model, mask)
+        positions = position_inputs(self._backbone, positions_of(mask))
         output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, **positions)
         hidden = output.last_hidden_state[:, -self.config.num_virtual_tokens :]  # [N, V, R]
         update = self.projection(self.norm(hidden.to(self.projection.weight.dtype)))
@@ -296,7 +304,7 @@ class DemonstrationDistiller(nn.Module):
         self._backbone(
             inputs_embeds=embeddings,
             attention_mask=torch.cat([past_mask, mask], dim=1),
-            position_ids=positions,
+            **position_inputs(self._backbone, positions),
             past_key_values=cache,
             use_cache=True,
         )
@@ -320,16 +328,13 @@ def _append(past: EmbeddingPrefix, new: EmbeddingPrefix) -> EmbeddingPrefix:
 
 
 def _lora_config(config: MendConfig, model: PreTrainedModel) -> LoraConfig:
-    targets, backbone = config.lora_target_modules, get_backbone(model)
-    has_other_head = backbone is not model and not model.can_generate()  # peft knows heads for language only
+    targets = config.lora_target_modules
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        exclude_modules=[n for n, child in model.named_children() if child is not backbone]
-        if has_other_head
-        else None,
+        exclude_modules=get_unadaptable_modules(model) or None,
     )
 
 

@@ -20,12 +20,13 @@ def get_fingerprint(base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     Fine-tunes of one model share a fingerprint: widths, counts and the vocabulary decide, not the weights.
     """
     config = base_model.config.get_text_config(decoder=True)
+    num_heads = getattr(config, "num_attention_heads", None)  # a state-space model has none
     fingerprint: dict[str, Any] = {
         "architecture": type(base_model).__name__,
         "embedding_width": get_embedding_width(base_model),
         "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or num_heads,
         "vocabulary_size": base_model.get_input_embeddings().weight.shape[0],
     }
     if tokenizer is not None:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, PushToHubMixin
 
-from mend_hf.architectures import check_base_model, check_generates, check_pooling, keep_output_contiguous
+from mend_hf.architectures import (
+    check_base_model,
+    check_generates,
+    check_gradients,
+    check_pooling,
+    choose_prefix_form,
+    keep_output_contiguous,
+)
 from mend_hf.artifact import DistilledDemonstrations, describe_origin
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
@@ -60,7 +67,7 @@ class MendModel(PushToHubMixin, nn.Module):
             task_type=task_type,
             base_model_name_or_path=config.base_model_name_or_path or base_model.name_or_path or None,
             base_model_fingerprint=fingerprint,
-            prefix_form=config.prefix_form or ("kv" if config.is_shared else "embeds"),
+            prefix_form=choose_prefix_form(base_model, config.prefix_form, is_shared=config.is_shared),
             placeholder_initialization=config.placeholder_initialization or ("prompt" if tokenizer else "vocabulary"),
         )
         self._before = (base_model.training, [(p, p.requires_grad) for p in base_model.parameters()])
@@ -264,7 +271,13 @@ class MendModel(PushToHubMixin, nn.Module):
         sys.stdout.write(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}\n")
 
     def train(self, mode: bool = True) -> MendModel:
-        """Set the distiller to training mode; the base model stays in evaluation mode, without dropout."""
+        """Set the distiller to training mode; the base model stays in evaluation mode, without dropout.
+
+        Raises:
+            UnsupportedModelError: No gradients pass through the base model's quantised weights.
+        """
+        if mode:
+            check_gradients(self.base_model)
         super().train(mode)
         self.base_model.eval()
         for layer in self.distiller.adapter_layers():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import check_length, get_backbone
+from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
 from mend_hf.errors import ShapeError
 
 DEFAULT_MAX_LENGTH = 20  # of `generate`, where neither the caller nor the model says how long
@@ -219,18 +219,13 @@ def read_embeddings(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) ->
     Raises:
         ShapeError: The embeddings are of another width, or more than the model's position table holds.
     """
-    width = model.get_input_embeddings().weight.shape[1]
-    if embeddings.dim() != 3 or embeddings.shape[-1] != width:
-        raise ShapeError(
-            f"Expected vectors of shape (tasks, virtual tokens, {width}) for this base model, got "
-            f"{tuple(embeddings.shape)}. They were distilled for another base model: distil again with this one."
-        )
+    check_vectors(model, embeddings)
     check_length(model, mask.sum(1))
     cache = DynamicCache()
     get_backbone(model)(
         inputs_embeds=embeddings,
         attention_mask=mask.long(),
-        position_ids=positions_of(mask),
+        **position_inputs(model, positions_of(mask)),
         past_key_values=cache,
         use_cache=True,
     )
@@ -240,6 +235,28 @@ def read_embeddings(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) ->
         mask.bool(),
         mask.sum(1),
     )
+
+
+def check_vectors(model: PreTrainedModel, vectors: Tensor) -> None:
+    """Refuse vectors that are not (B, V, E) in the width of the model's input embeddings.
+
+    Raises:
+        ShapeError: They are of another shape.
+    """
+    width = get_embedding_width(model)
+    if vectors.dim() != 3 or vectors.shape[-1] != width:
+        raise ShapeError(
+            f"Expected vectors of shape (tasks, virtual tokens, {width}) for this base model, got "
+            f"{tuple(vectors.shape)}. They were distilled for another base model: distil again with this one."
+        )
+
+
+def position_inputs(model: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
+    """Return positions (B, T) as an argument of the model's forward pass; nothing where the mask says it all (ALiBi).
+
+    A model with ALiBi counts the slots that the mask keeps: to it, the slots of a prefix stand side by side.
+    """
+    return {"position_ids": positions} if accepts(model, "position_ids") else {}
 
 
 def positions_of(mask: Tensor, start: Tensor | None = None) -> Tensor:
@@ -275,12 +292,13 @@ def continue_inputs(prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTr
         model: The base model that reads.
 
     Returns:
-        `past_key_values` with S filled slots, `attention_mask` (B, S + T) and `position_ids` (B, T).
+        `past_key_values` with S filled slots, `attention_mask` (B, S + T) and, where the model takes them,
+        `position_ids` (B, T).
     """
     return {
         "past_key_values": make_cache(prefix, model),
         "attention_mask": torch.cat([prefix.mask.to(attention_mask.dtype), attention_mask], dim=1),
-        "position_ids": positions_of(attention_mask, prefix.next_positions),
+        **position_inputs(model, positions_of(attention_mask, prefix.next_positions)),
     }
 
 
@@ -306,8 +324,9 @@ def generation_inputs(
     )
     if num_copies > 1:
         inputs["past_key_values"].batch_repeat_interleave(num_copies)
-    unread = attention_mask.new_zeros(len(prefix), prefix.num_slots)
-    inputs["position_ids"] = torch.cat([unread, inputs["position_ids"]], dim=1)
+    if "position_ids" in inputs:
+        unread = attention_mask.new_zeros(len(prefix), prefix.num_slots)
+        inputs["position_ids"] = torch.cat([unread, inputs["position_ids"]], dim=1)
     return inputs
 
 

@@ -201,11 +201,6 @@ def test_models_that_cannot_read_a_prefix_are_refused(build, remedy):
         get_mend_model(build(), MendConfig())
 
 
-def test_a_model_without_explicit_positions_is_refused(tiny_model):
-    with pytest.raises(UnsupportedModelError, match="lacks position_ids"):
-        get_mend_model(tiny_model("bloom"), MendConfig())
-
-
 @pytest.mark.parametrize("shape", [(3,), (1, 0), (0, 3), (1, 2, 3)])
 def test_token_ids_of_another_shape_are_refused(model, shape):
     with pytest.raises(DataError, match="one row a task"):

@@ -12,7 +12,7 @@ QUERIES = ["moving and funny", "bad", "the film was good and the food was not"]
 OPTIONS = [["positive", "negative"], ["very good", "bad", "a bore and a bore"], ["positive", "negative"]]
 
 
-@pytest.fixture(params=["gpt2", "llama", "opt", "gemma3_text", "mistral"])
+@pytest.fixture(params=["gpt2", "llama", "opt", "gemma3_text", "mistral", "bloom", "mamba"])
 def name(request):
     return request.param
 

@@ -6,18 +6,18 @@ Shapes: B queries, T query tokens, O options of all queries, A option tokens, W 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mend_hf.architectures import check_positions, get_sliding_window
+from mend_hf.architectures import check_positions, get_sliding_window, holds_prefix_in_cache, reads_padding
 from mend_hf.errors import DataError, ShapeError
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.model import MendModel
-from mend_hf.prefix import KeyValuePrefix, Prefix, continue_inputs
+from mend_hf.prefix import KeyValuePrefix, Prefix, continue_inputs, position_inputs, positions_of
 
 OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
 
@@ -65,13 +65,14 @@ def score_options(
 def batch_by_length(model: MendModel, queries: Sequence[str], batch_size: int) -> list[list[int]]:
     """Return the queries' indices in batches of similar length, the longest first.
 
-    A batch holds one length only where the base model has a sliding window, which padding would use up.
+    A batch holds one length only where the base model has a sliding window, which padding would use up, or where it
+    reads padding.
     """
     prompt = model.prompt
     lengths = [len(prompt.encode_query(query)) for query in queries]
     order = sorted(range(len(queries)), key=lengths.__getitem__, reverse=True)
-    has_window = get_sliding_window(model.base_model) is not None
-    groups = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)] if has_window else [order]
+    by_length = get_sliding_window(model.base_model) is not None or reads_padding(model.base_model)
+    groups = [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)] if by_length else [order]
     return [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
 
 
@@ -93,27 +94,32 @@ def _score_batch(
     mask = encoding["attention_mask"]
     prompt = model.prompt
     ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
+    num_at_once = OPTIONS_PER_QUERY * len(queries)
+    parts = [ids[start : start + num_at_once] for start in range(0, len(ids), num_at_once)]
+    if not holds_prefix_in_cache(model.base_model):
+        means = [mean for part in parts for mean in _score_in_one_piece(model, encoding, part, prefix)]
+        return _split(means, options)
     longest = max(len(answer) for _, answer in ids)
     whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
     if not isinstance(prefix, KeyValuePrefix):
         check_positions(model.base_model, whole, whole.new_zeros(1), 0)
-        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True}
+        inputs = {"attention_mask": mask, "use_cache": True} | position_inputs(model.base_model, positions_of(mask))
     else:
         check_positions(model.base_model, whole, prefix.next_positions.max(), prefix.num_slots)
         inputs = continue_inputs(prefix, mask, model.base_model)
     read = model.base_model(input_ids=encoding["input_ids"], logits_to_keep=1, **inputs)
-    means: list[float] = []
-    num_at_once = OPTIONS_PER_QUERY * len(queries)
-    for start in range(0, len(ids), num_at_once):
-        part = ids[start : start + num_at_once]
+    means = []
+    for part in parts:
         rows = torch.tensor([row for row, _ in part], device=mask.device)  # [O]
         labels = _pad_right([answer for _, answer in part], IGNORE_INDEX).to(mask.device)  # [O, A]
         logits = read.logits[rows]  # [O, 1, W]
         if labels.shape[1] > 1:
             logits = torch.cat([logits, _read_options(model, read.past_key_values, inputs, rows, labels)], dim=1)
-        counted = labels != IGNORE_INDEX
-        chosen = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)  # [O, A]
-        means += ((chosen * counted).sum(1) / counted.sum(1)).tolist()
+        means += _mean_log_likelihood(logits, labels)
+    return _split(means, options)
+
+
+def _split(means: list[float], options: list[Sequence[str]]) -> list[list[float]]:
     remaining = iter(means)
     return [[next(remaining) for _ in choices] for choices in options]
 
@@ -127,13 +133,40 @@ def _read_options(
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]  # the tensors are shared: selecting makes new ones
     cache.batch_select_indices(rows)
-    positions = inputs["position_ids"][rows, -1:] + 1 + torch.arange(ids.shape[1], device=ids.device)
+    positions = {}
+    if "position_ids" in inputs:
+        steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        positions["position_ids"] = inputs["position_ids"][rows, -1:] + steps
     return model.base_model(
         input_ids=ids.clamp(min=0),
         attention_mask=torch.cat([inputs["attention_mask"][rows], option_mask], dim=1),
-        position_ids=positions,
         past_key_values=cache,
+        **positions,
     ).logits
+
+
+def _score_in_one_piece(
+    model: MendModel, encoding: Mapping[str, Tensor], ids: list[tuple[int, list[int]]], prefix: Prefix | None
+) -> list[float]:
+    """Read query and option together, for a base model whose cache cannot be handed from one option to the next."""
+    rows = torch.tensor([row for row, _ in ids], device=model.device)  # [O]
+    labels = _pad_right([answer for _, answer in ids], IGNORE_INDEX).to(model.device)  # [O, A]
+    read = labels[:, :-1]
+    input_ids = torch.cat([encoding["input_ids"][rows], read.clamp(min=0)], dim=1)
+    mask = torch.cat([encoding["attention_mask"][rows], (read != IGNORE_INDEX).long()], dim=1)
+    if prefix is None:
+        positions = position_inputs(model.base_model, positions_of(mask))
+        logits = model.base_model(input_ids=input_ids, attention_mask=mask, **positions).logits
+    else:
+        logits = model.route.forward(prefix.select(rows), input_ids, mask).logits
+    return _mean_log_likelihood(logits[:, -labels.shape[1] :], labels)
+
+
+def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> list[float]:
+    """Return the mean over each option's tokens (O, A), given the logits (O, A, W) in front of them."""
+    counted = labels != IGNORE_INDEX
+    chosen = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)  # [O, A]
+    return ((chosen * counted).sum(1) / counted.sum(1)).tolist()
 
 
 def _pad_right(rows: list[list[int]], value: int) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from mend_hf.architectures import holds_prefix_in_cache
 from mend_hf.routes.base import Route
 from mend_hf.routes.cached import CachedRoute
+from mend_hf.routes.prepended import PrependedRoute
 
 
 def get_route(base_model: PreTrainedModel) -> Route:
@@ -14,4 +16,4 @@ def get_route(base_model: PreTrainedModel) -> Route:
     Args:
         base_model: One that `architectures.check_base_model` accepts.
     """
-    return CachedRoute(base_model)
+    return CachedRoute(base_model) if holds_prefix_in_cache(base_model) else PrependedRoute(base_model)

@@ -1,0 +1,142 @@
+"""Decoder-only base models whose cache is more than keys and values: vectors stand in front of every query.
+
+A state-space or linear-attention layer folds all it has read into one state, of which no slots can be kept, shared or
+shifted. Such a model reads the vectors anew with every query; there are few of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from mend_hf.architectures import accepts, check_length, check_padding
+from mend_hf.errors import ShapeError, UnsupportedModelError
+from mend_hf.prefix import EmbeddingPrefix, Prefix, check_vectors, count_new_tokens, positions_of
+from mend_hf.routes.base import Route
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Vectors and query in one piece, row by row, with all padding on the left.
+
+    Attributes:
+        embeddings (B, S + T, E): What the base model reads.
+        mask (B, S + T): 1 where it counts.
+        places (B, T): Where the query's tokens went.
+    """
+
+    embeddings: Tensor
+    mask: Tensor
+    places: Tensor
+
+    def cut_query(self, states: Tensor) -> Tensor:
+        """Return the query's part of logits or hidden states (B, S + T, W), in the order of the query: (B, T, W)."""
+        return states.gather(1, self.places[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class PrependedRoute(Route):
+    """Vectors in front of the query's embeddings, read with every query."""
+
+    def prepare(self, prefix: Prefix) -> EmbeddingPrefix:
+        """Return the vectors on the base model's device.
+
+        Raises:
+            ShapeError: They are keys and values, or of another width.
+        """
+        if not isinstance(prefix, EmbeddingPrefix):
+            raise ShapeError(
+                f"Expected vectors, got keys and values, which the cache of {type(self.base_model).__name__} cannot "
+                'hold: distil with prefix_form="embeds".'
+            )
+        check_vectors(self.base_model, prefix.vectors)
+        device, dtype = self.base_model.device, self.base_model.dtype
+        return EmbeddingPrefix(prefix.vectors.to(device, dtype), prefix.mask.to(device))
+
+    def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> EmbeddingPrefix:
+        """Return the embeddings of a text."""
+        return EmbeddingPrefix(self.base_model.get_input_embeddings()(input_ids), attention_mask.bool())
+
+    def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
+        """Run the base model over vectors and query, and return the query's part."""
+        embeddings, labels = kwargs.pop("inputs_embeds", None), kwargs.pop("labels", None)
+        num_kept, num_items = kwargs.pop("logits_to_keep", 0), kwargs.pop("num_items_in_batch", None)
+        if input_ids is not None:
+            embeddings = self.base_model.get_input_embeddings()(input_ids)
+        packed = self._pack(prefix, embeddings, attention_mask)
+        if accepts(self.base_model, "position_ids"):
+            kwargs["position_ids"] = positions_of(packed.mask)
+        output = self.base_model(
+            inputs_embeds=packed.embeddings, attention_mask=packed.mask, **(kwargs | {"use_cache": False})
+        )
+        output.logits = packed.cut_query(output.logits)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(packed.cut_query(states) for states in output.hidden_states)
+        if labels is not None:
+            width = output.logits.shape[-1]
+            items = {} if num_items is None else {"num_items_in_batch": num_items}
+            output.loss = self.base_model.loss_function(output.logits, labels, vocab_size=width, **items)
+        output.logits = output.logits[:, -num_kept:]
+        return output
+
+    def generate(self, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Any:
+        """Generate behind vectors and query; the base model's own cache carries on from there.
+
+        Raises:
+            UnsupportedModelError: transformers does not let this base model generate from embeddings, or not in this
+                way.
+        """
+        self._check_way_of_generating(generation)
+        num_new_tokens = count_new_tokens(input_ids.shape[1], self.base_model, generation)
+        embeddings = self.base_model.get_input_embeddings()(input_ids)
+        packed = self._pack(prefix, embeddings, attention_mask, num_new_tokens)
+        return self.base_model.generate(
+            input_ids,
+            inputs_embeds=packed.embeddings,
+            attention_mask=packed.mask,
+            **self._lengths_of_new_tokens(input_ids.shape[1], generation),
+        )
+
+    def _check_way_of_generating(self, generation: Mapping[str, Any]) -> None:
+        name = type(self.base_model).__name__
+        if "inputs_embeds" not in inspect.signature(self.base_model.prepare_inputs_for_generation).parameters:
+            raise UnsupportedModelError(
+                f"Expected a base model that generates from inputs_embeds, got {name}, which transformers does "
+                "not let: call the model itself for one forward pass, or use another base model."
+            )
+        settings = generation.get("generation_config") or self.base_model.generation_config
+        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if generation.get(option, getattr(settings, option, None)) is not None:
+                raise UnsupportedModelError(
+                    f"Expected {option} to be None for {name}, whose cache cannot take back tokens that were guessed "
+                    "wrongly behind vectors: leave it out."
+                )
+
+    def _lengths_of_new_tokens(self, num_tokens: int, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings with whole lengths in place of new ones: `generate` would count the vectors in."""
+        settings = copy.deepcopy(generation.get("generation_config") or self.base_model.generation_config)
+        changed = dict(generation)
+        for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = changed.pop(whole, getattr(settings, whole))
+            setattr(settings, whole, None)
+            if length and changed.get(new, getattr(settings, new)) is None:
+                changed[new] = max(length - num_tokens, 0)
+        return changed | {"generation_config": settings}
+
+    def _pack(self, prefix: Prefix, embeddings: Tensor, attention_mask: Tensor, num_new_tokens: int = 0) -> _Packed:
+        if not isinstance(prefix, EmbeddingPrefix):
+            raise ShapeError("Expected vectors, got keys and values: call prepare first.")
+        embeddings = torch.cat([prefix.vectors.to(embeddings.dtype), embeddings], dim=1)  # [B, S + T, E]
+        mask = torch.cat([prefix.mask.to(attention_mask.dtype), attention_mask], dim=1)
+        check_length(self.base_model, mask.sum(1) + num_new_tokens)
+        check_padding(self.base_model, mask)
+        order = torch.argsort(mask.bool().to(torch.uint8), dim=1, stable=True)
+        places = order.argsort(1)[:, prefix.num_slots :]  # [B, T]
+        packed = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[-1]))
+        return _Packed(packed, mask.gather(1, order), places)
