@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mend_hf.artifact import DistilledDemonstrations
+    from mend_hf.artifact import DistilledDemonstrations, join_demonstrations
     from mend_hf.auto import AutoMendModel, get_mend_model
     from mend_hf.config import MendConfig
     from mend_hf.data.collator import MendCollator
@@ -31,6 +31,7 @@ _MODULE_OF = {
     "MendTrainingArguments": "training_args",
     "get_mend_model": "auto",
     "register_pipelines": "pipeline",
+    "join_demonstrations": "artifact",
 }
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "MendTrainingArguments",
     "__version__",
     "get_mend_model",
+    "join_demonstrations",
     "register_pipelines",
 ]
 

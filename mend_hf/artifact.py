@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +15,16 @@ from torch import Tensor
 from transformers.utils import PushToHubMixin
 
 from mend_hf import __version__
-from mend_hf.config import MendConfig
-from mend_hf.demonstrations import EncodedTask
+from mend_hf.demonstrations import name_demonstration, parse_demonstrations
 from mend_hf.errors import CheckpointError, DataError
 from mend_hf.files import fetch_file, read_json, read_tensors, write_folder, write_json
-from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix
+from mend_hf.pooling import pool_anchors
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, join_tasks, move, stack_rows
+from mend_hf.provenance import ChunkRecord, Provenance, provenance_from_record
 
 WEIGHTS_NAME = "distilled_demonstrations.safetensors"
 RECORD_NAME = "distilled_demonstrations.json"
-FORMAT_VERSION = 1
-PROMPT_FIELDS = ("input_prefix", "output_prefix", "answer_prefix", "demonstration_separator")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where distilled demonstrations came from. The lists have one entry a task.
-
-    Attributes:
-        base_model_name_or_path: The base model that they are for.
-        base_model_fingerprint: What tells that base model from others.
-        distiller_name_or_path: Where the distiller was loaded from; None: it was never saved.
-        distiller_hash: Hash of the distiller's trained tensors; None: nothing was distilled, the text was only read.
-        prompt_format: The config's prefixes and separators, by field name.
-        num_demonstrations: How many demonstrations were read, at least in part.
-        demonstrations_hash: Hash of all texts that were given, in order.
-        num_tokens: Tokens that were read.
-        num_lost_tokens: Tokens that the budgets cut away.
-    """
-
-    base_model_name_or_path: str | None
-    base_model_fingerprint: dict[str, Any]
-    distiller_name_or_path: str | None
-    distiller_hash: str | None
-    prompt_format: dict[str, str]
-    num_demonstrations: list[int] = field(default_factory=list)
-    demonstrations_hash: list[str] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    num_lost_tokens: list[int] = field(default_factory=list)
-
-    def select(self, rows: Sequence[int]) -> Provenance:
-        """Return the provenance of the given tasks."""
-        lists: dict[str, Any] = {
-            name: [value[row] for row in rows]
-            for name, value in dataclasses.asdict(self).items()
-            if isinstance(value, list)
-        }
-        return dataclasses.replace(self, **lists)
-
-
-def describe_origin(
-    config: MendConfig,
-    encoded: Sequence[EncodedTask],
-    distiller_name_or_path: str | None,
-    distiller_hash: str | None,
-) -> Provenance:
-    """Return the provenance of tasks that a model with this config has read."""
-    return Provenance(
-        base_model_name_or_path=config.base_model_name_or_path,
-        base_model_fingerprint=config.base_model_fingerprint or {},
-        distiller_name_or_path=distiller_name_or_path,
-        distiller_hash=distiller_hash,
-        prompt_format={name: getattr(config, name) for name in PROMPT_FIELDS},
-        num_demonstrations=[task.num_demonstrations for task in encoded],
-        demonstrations_hash=[task.text_hash for task in encoded],
-        num_tokens=[task.num_tokens for task in encoded],
-        num_lost_tokens=[task.num_lost_tokens for task in encoded],
-    )
+FORMAT_VERSION = 2
 
 
 class DistilledDemonstrations(PushToHubMixin):
@@ -88,17 +32,32 @@ class DistilledDemonstrations(PushToHubMixin):
 
     Behaves as a sequence of tasks: `len`, iteration and indexing; `select` picks one task for every row of a batch.
 
+    Chunks are kept as they were distilled, and joined and pooled when first read, so that `join` and `drop` change
+    nothing about the others.
+
     Args:
-        prefix: Keys and values, or vectors, one row a task.
+        chunks: Keys and values, or vectors, one row for every chunk that the provenance lists.
         provenance: Where they came from.
     """
 
-    def __init__(self, prefix: Prefix, provenance: Provenance) -> None:
-        self.prefix = prefix
+    def __init__(self, chunks: Prefix, provenance: Provenance) -> None:
+        self.chunks = chunks
         self.provenance = provenance
 
+    @cached_property
+    def prefix(self) -> Prefix:
+        """Keys and values, or vectors, one row a task, as a base model reads them."""
+        joined = join_tasks(self.chunks, self._task_rows)
+        if isinstance(joined, KeyValuePrefix) and self.provenance.max_slots is not None:
+            return pool_anchors(joined, self.provenance.max_slots, self.provenance.anchor_pooling)
+        return joined
+
+    @property
+    def _task_rows(self) -> list[int]:
+        return [row for row, task in enumerate(self.provenance.chunks) for _ in task]
+
     def __len__(self) -> int:
-        return len(self.prefix)
+        return len(self.provenance.chunks)
 
     def __getitem__(self, row: int) -> DistilledDemonstrations:
         if not -len(self) <= row < len(self):
@@ -117,7 +76,7 @@ class DistilledDemonstrations(PushToHubMixin):
     @property
     def prefix_form(self) -> str:
         """Return "kv" or "embeds"."""
-        return "kv" if isinstance(self.prefix, KeyValuePrefix) else "embeds"
+        return "kv" if isinstance(self.chunks, KeyValuePrefix) else "embeds"
 
     @property
     def num_slots(self) -> int:
@@ -145,7 +104,81 @@ class DistilledDemonstrations(PushToHubMixin):
 
     def select(self, rows: Sequence[int]) -> DistilledDemonstrations:
         """Return the given tasks, in this order; a task may occur more than once."""
-        return DistilledDemonstrations(self.prefix.select(rows), self.provenance.select(rows))
+        first = [sum(len(task) for task in self.provenance.chunks[:row]) for row in range(len(self))]
+        return self._pick([[*range(first[row], first[row] + len(self.provenance.chunks[row]))] for row in rows])
+
+    def join(self, other: DistilledDemonstrations) -> DistilledDemonstrations:
+        """Return these demonstrations with others behind them, task by task; nothing is distilled again.
+
+        Equal to distilling all of them at once under `overflow="concat"` with a chunk border between the two.
+
+        Args:
+            other: Demonstrations of the same tasks, distilled by the same distiller in the same prompt format.
+
+        Raises:
+            DataError: They do not fit together, or have been distilled with `overflow="recurrent"`.
+        """
+        if "recurrent" in (self.provenance.overflow, other.provenance.overflow):
+            raise DataError(
+                'Expected demonstrations that were distilled apart, got some with overflow="recurrent", where every '
+                'chunk has read those before it: distil all of them anew, or with overflow="concat".'
+            )
+        facts, others = self._facts_to_join(), other._facts_to_join()
+        different = [
+            f"- {name}: {facts[name]!r} and {others[name]!r}" for name in facts if facts[name] != others[name]
+        ]
+        if different:
+            raise DataError(
+                "Expected demonstrations that fit together, got\n" + "\n".join(different) + "\nDistil both with the "
+                "same distiller, base model, settings and number of tasks."
+            )
+        count, order = [len(self.chunks), 0], []
+        records = [*zip(self.provenance.chunks, other.provenance.chunks, strict=True)]
+        for own, added in records:
+            order += [count[1] + place for place in range(len(own))]
+            order += [count[0] + place for place in range(len(added))]
+            count = [count[0] + len(added), count[1] + len(own)]
+        device, dtype = self.chunks.mask.device, _dtype_of(self.chunks)
+        chunks = stack_rows([self.chunks, move(other.chunks, device, dtype)]).select(order)
+        provenance = dataclasses.replace(self.provenance, chunks=[[*own, *added] for own, added in records])
+        return DistilledDemonstrations(chunks, provenance)
+
+    def drop(self, demonstrations: Any) -> DistilledDemonstrations:
+        """Return what stays without some demonstrations; nothing is distilled again.
+
+        What stays is the very same as before: `a.join(b).drop(b)` is `a`, bit for bit. Chunks are dropped whole, from
+        the last on where a demonstration occurs more than once.
+
+        Args:
+            demonstrations: Raw ones as for `distill`, or distilled ones; one task for all tasks or one each.
+
+        Raises:
+            DataError: A task does not hold them, shares their chunks with others, or would lose all it has.
+        """
+        tasks = _names_to_drop(demonstrations)
+        if len(tasks) not in (1, len(self)):
+            raise DataError(
+                f"Expected demonstrations of 1 task or of {len(self)}, got {len(tasks)}: give one list a task."
+            )
+        kept, start = [], 0
+        for row, task in enumerate(self.provenance.chunks):
+            places = _places_to_keep(task, tasks[row % len(tasks)], row)
+            kept.append([start + place for place in places])
+            start += len(task)
+        return self._pick(kept)
+
+    def _pick(self, chunks_of_task: Sequence[Sequence[int]]) -> DistilledDemonstrations:
+        """Return tasks that are made of the chunks of these numbers."""
+        records = [chunk for task in self.provenance.chunks for chunk in task]
+        provenance = dataclasses.replace(
+            self.provenance, chunks=[[records[i] for i in task] for task in chunks_of_task]
+        )
+        return DistilledDemonstrations(self.chunks.select([i for task in chunks_of_task for i in task]), provenance)
+
+    def _facts_to_join(self) -> dict[str, Any]:
+        names = ("base_model_fingerprint", "distiller_hash", "prompt_format", "max_slots", "anchor_pooling")
+        facts = {name: getattr(self.provenance, name) for name in names}
+        return {"prefix_form": self.prefix_form, "tasks": len(self), "dtype": _dtype_of(self.chunks)} | facts
 
     def save_pretrained(self, save_directory: str | Path, **push_to_hub: Any) -> None:
         """Write the tensors (safetensors) and their provenance (JSON) into a folder.
@@ -178,27 +211,85 @@ class DistilledDemonstrations(PushToHubMixin):
         """
         record = read_json(fetch_file(name_or_path, RECORD_NAME, **hub))
         version = record.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise CheckpointError(
-                f"Expected format_version {FORMAT_VERSION} in {RECORD_NAME}, got {version!r}: upgrade mend_hf."
+                f"Expected format_version 1 or {FORMAT_VERSION} in {RECORD_NAME}, got {version!r}: upgrade mend_hf."
             )
         tensors = read_tensors(fetch_file(name_or_path, WEIGHTS_NAME, **hub))
         try:
-            provenance = _provenance_from_record(record["provenance"])
-            prefix = _prefix_from_tensors(tensors, record["prefix_form"])
-        except (KeyError, TypeError) as error:
+            provenance = provenance_from_record(record["provenance"], version)
+            chunks = _prefix_from_tensors(tensors, record["prefix_form"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"Expected the entries that save_pretrained writes in {name_or_path}, got a problem with {error}: "
                 "the files are damaged or do not belong together, save them again."
             ) from error
-        return cls(prefix, provenance)
+        if len(chunks) != sum(len(task) for task in provenance.chunks) or not all(provenance.chunks):
+            raise CheckpointError(
+                f"Expected tensors for the chunks that {RECORD_NAME} lists, got {len(chunks)} rows: the files in "
+                f"{name_or_path} do not belong together, save them again."
+            )
+        return cls(chunks, provenance)
 
     def _tensors(self) -> dict[str, Tensor]:
-        if isinstance(self.prefix, EmbeddingPrefix):
-            return {"vectors": self.prefix.vectors, "mask": self.prefix.mask}
-        layers = {f"keys.{i}": key for i, key in enumerate(self.prefix.keys)}
-        layers |= {f"values.{i}": value for i, value in enumerate(self.prefix.values)}
-        return layers | {"mask": self.prefix.mask, "next_positions": self.prefix.next_positions}
+        if isinstance(self.chunks, EmbeddingPrefix):
+            return {"vectors": self.chunks.vectors, "mask": self.chunks.mask}
+        layers = {f"keys.{i}": key for i, key in enumerate(self.chunks.keys)}
+        layers |= {f"values.{i}": value for i, value in enumerate(self.chunks.values)}
+        places = {"mask": self.chunks.mask, "next_positions": self.chunks.next_positions}
+        return layers | places | {"anchor_labels": self.chunks.labels}
+
+
+def join_demonstrations(parts: Sequence[DistilledDemonstrations]) -> DistilledDemonstrations:
+    """Return several distilled demonstrations as one, in order; as `DistilledDemonstrations.join` in a row.
+
+    Raises:
+        DataError: There are none, or they do not fit together.
+    """
+    if not parts:
+        raise DataError("Expected distilled demonstrations to join, got an empty list: give one or more.")
+    return reduce(DistilledDemonstrations.join, parts)
+
+
+def _dtype_of(prefix: Prefix) -> torch.dtype:
+    return prefix.vectors.dtype if isinstance(prefix, EmbeddingPrefix) else prefix.keys[0].dtype
+
+
+def _names_to_drop(demonstrations: Any) -> list[list[str]]:
+    if isinstance(demonstrations, DistilledDemonstrations):
+        tasks = demonstrations.provenance.chunks
+        return [[name for chunk in task for name in chunk.demonstrations] for task in tasks]
+    return [[name_demonstration(item) for item in task] for task in parse_demonstrations(demonstrations)[0]]
+
+
+def _places_to_keep(chunks: list[ChunkRecord], names: list[str], row: int) -> list[int]:
+    """Return which chunks of a task stay when the demonstrations of these names leave it."""
+    present = Counter(name for chunk in chunks for name in chunk.demonstrations)
+    leaving = Counter(names)
+    for name in present:  # further pieces of a plain text leave with the first
+        first = name.partition("-")[0]
+        leaving[name] = max(leaving[name], min(leaving[first], present[name]))
+    missing = sum((leaving - present).values())
+    if missing:
+        raise DataError(
+            f"Expected demonstrations that task {row} holds, got {missing} that it does not: compare input and output "
+            "with what was distilled; files of older versions do not know their demonstrations, distil those again."
+        )
+    kept = []
+    for place in reversed(range(len(chunks))):
+        held = Counter(chunks[place].demonstrations)
+        if held and held <= leaving:
+            leaving -= held
+        else:
+            kept.append(place)
+    if num_left := leaving.total():
+        raise DataError(
+            f"Expected demonstrations that fill whole chunks of task {row}, got {num_left} that share a chunk with "
+            'others: drop those too, or distil with overflow="concat" and max_demonstrations_per_chunk=1.'
+        )
+    if not kept:
+        raise DataError(f"Expected some demonstrations of task {row} to stay, got all of them: answer without any.")
+    return kept[::-1]
 
 
 def _prefix_from_tensors(tensors: dict[str, Tensor], prefix_form: str) -> Prefix:
@@ -211,14 +302,5 @@ def _prefix_from_tensors(tensors: dict[str, Tensor], prefix_form: str) -> Prefix
         tuple(tensors[f"values.{i}"] for i in range(num_layers)),
         mask,
         tensors["next_positions"],
+        tensors.get("anchor_labels"),
     )
-
-
-def _provenance_from_record(values: dict[str, Any]) -> Provenance:
-    known = {field.name for field in dataclasses.fields(Provenance)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        warnings.warn(
-            f"{RECORD_NAME} has entries that this version does not know: {', '.join(unknown)}.", stacklevel=3
-        )
-    return Provenance(**{key: value for key, value in values.items() if key in known})

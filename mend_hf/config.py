@@ -62,6 +62,18 @@ class MendConfig:
         "truncate",
         "Demonstrations beyond the window: drop the last ones, distil chunks apart, or let a chunk see the previous.",
     )
+    max_demonstrations_per_chunk: int | None = _setting(
+        None,
+        "Demonstrations in one chunk; a chunk can be dropped later, a part of it cannot. None: as many as the window "
+        "holds.",
+    )
+    max_slots: int | None = _setting(
+        None, "Slots of a kv prefix: more anchors than that are pooled. None: all anchors are kept."
+    )
+    anchor_pooling: Literal["label", "similarity"] = _setting(
+        "label",
+        "Which anchors are pooled: those of the same token of the same answer, or those whose values are alike.",
+    )
     max_demonstration_tokens: int = _setting(256, "A longer demonstration loses the end of its input.")
     max_distiller_tokens: int = _setting(900, "Demonstration tokens that the distiller reads at once.")
     input_prefix: str = _setting("Input: ", "Text before every input.")
@@ -89,6 +101,11 @@ class MendConfig:
     def is_shared(self) -> bool:
         """Whether the base model itself, with its adapter on, reads the demonstrations."""
         return self.distiller_name_or_path is None
+
+    def without_chunks(self, **changes: Any) -> MendConfig:
+        """Return this config for reading one text as a whole, with neither chunks nor pooling, and other changes."""
+        whole: dict[str, Any] = {"overflow": "truncate", "max_demonstrations_per_chunk": None, "max_slots": None}
+        return dataclasses.replace(self, **whole | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -171,6 +188,8 @@ def _value_problems(config: MendConfig) -> list[str]:
         "lora_alpha": 1,
         "num_virtual_tokens": 0,
         "max_anchor_tokens_per_demonstration": 1,
+        "max_demonstrations_per_chunk": 1,
+        "max_slots": 1,
         "max_demonstration_tokens": 8,
         "max_distiller_tokens": 8,
     }
@@ -184,6 +203,17 @@ def _value_problems(config: MendConfig) -> list[str]:
     if config.num_virtual_tokens == 0 and config.prefix_form == "embeds":
         problems.append(
             "num_virtual_tokens: the embeds form consists of virtual tokens alone and needs at least 1, got 0"
+        )
+    if config.max_demonstrations_per_chunk is not None and config.overflow == "truncate":
+        problems.append(
+            'max_demonstrations_per_chunk: overflow="truncate" has one chunk only; use "concat" or "recurrent"'
+        )
+    if config.max_slots is not None and config.prefix_form == "embeds":
+        problems.append('max_slots: vectors are never pooled; use prefix_form="kv", or lower num_virtual_tokens')
+    if isinstance(config.max_slots, int) and 0 < config.max_slots < 1 + config.num_virtual_tokens:
+        problems.append(
+            f"max_slots: expected room for the sink and {config.num_virtual_tokens} placeholders, got "
+            f"{config.max_slots}; raise it, or lower num_virtual_tokens"
         )
     if config.distiller_name_or_path is not None:
         if config.prefix_form == "kv":

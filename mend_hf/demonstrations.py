@@ -38,10 +38,13 @@ class EncodedChunk:
     Attributes:
         input_ids: D token ids.
         anchor_positions: Ascending indices into `input_ids`.
+        demonstrations: What tells every demonstration in it from others, in order: `name_demonstration`, and for the
+            later pieces of a plain text that was cut, the same with "-1", "-2", ... behind it.
     """
 
     input_ids: list[int]
     anchor_positions: list[int]
+    demonstrations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,12 @@ class EncodedTask:
         num_demonstrations: How many demonstrations were kept, at least in part.
         num_tokens: Tokens that the distiller reads.
         num_lost_tokens: Tokens that were cut away to hold the budgets.
-        text_hash: Hash of all that was given, in order.
     """
 
     chunks: list[EncodedChunk]
     num_demonstrations: int
     num_tokens: int
     num_lost_tokens: int
-    text_hash: str
 
     @classmethod
     def from_ids(cls, input_ids: torch.Tensor) -> list[EncodedTask]:
@@ -74,7 +75,7 @@ class EncodedTask:
                 f"Expected token ids of shape (tasks, tokens), got {tuple(input_ids.shape)}: give one row a task, "
                 "each with at least one token."
             )
-        return [cls([EncodedChunk(row, [])], 1, len(row), 0, hash_json(row)) for row in input_ids.tolist()]
+        return [cls([EncodedChunk(row, [], (hash_json(row),))], 1, len(row), 0) for row in input_ids.tolist()]
 
 
 def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]], bool]:
@@ -142,6 +143,11 @@ def _parse_one(item: Any, where: str) -> Demonstration:
     return demonstration
 
 
+def name_demonstration(demonstration: Demonstration) -> str:
+    """Return a hash that tells a demonstration from every other one."""
+    return hash_json((demonstration.input, demonstration.output))
+
+
 def find_tokenizer(name_or_path: str | None, revision: str | None) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer saved beside a model; None where there is none: token ids can still go in."""
     if not name_or_path:
@@ -207,8 +213,9 @@ class PromptEncoder:
     def encode_demonstrations(self, demonstrations: Sequence[Demonstration], *, warn: bool = True) -> EncodedTask:
         """Return the ids and anchors of one task's demonstrations within the config's budgets.
 
-        Under `truncate` the demonstrations that no longer fit are left out; otherwise they open another chunk. A
-        demonstration longer than `max_demonstration_tokens` loses the end of its input.
+        Under `truncate` the demonstrations that no longer fit are left out; otherwise they open another chunk, and so
+        does one beyond `max_demonstrations_per_chunk`. A demonstration longer than `max_demonstration_tokens` loses
+        the end of its input.
 
         Args:
             demonstrations: One task's, at least one.
@@ -221,7 +228,7 @@ class PromptEncoder:
             pieces, lost = self._encode_pieces(demonstration, window)
             num_lost_tokens += lost
             for piece in pieces:
-                fits = groups and sum(len(other.input_ids) for other in groups[-1]) + len(piece.input_ids) <= window
+                fits = groups and self._has_room(groups[-1], piece, window)
                 is_full = is_full or bool(groups and not fits and self.config.overflow == "truncate")
                 if is_full:
                     num_lost_tokens += len(piece.input_ids)
@@ -240,8 +247,7 @@ class PromptEncoder:
                 'Give shorter or fewer demonstrations, raise the budgets, or use overflow="concat".',
                 stacklevel=3,
             )
-        text_hash = hash_json([(item.input, item.output) for item in demonstrations])
-        return EncodedTask(chunks, num_kept, num_tokens, num_lost_tokens, text_hash)
+        return EncodedTask(chunks, num_kept, num_tokens, num_lost_tokens)
 
     @property
     def pad_token_id(self) -> int:
@@ -275,7 +281,7 @@ class PromptEncoder:
 
     def _encode_pieces(self, demonstration: Demonstration, window: int) -> tuple[list[EncodedChunk], int]:
         if demonstration.output is None:
-            return self._encode_plain_text(demonstration.input, window), 0
+            return self._encode_plain_text(demonstration, window), 0
         piece, num_lost_tokens = self._encode_pair(demonstration, min(self.config.max_demonstration_tokens, window))
         return [piece], num_lost_tokens
 
@@ -292,11 +298,17 @@ class PromptEncoder:
         cap = self.config.max_anchor_tokens_per_demonstration
         if len(anchors) > cap:
             anchors = anchors[: (cap + 1) // 2] + anchors[len(anchors) - cap // 2 :]
-        return EncodedChunk(ids, anchors if self.config.anchor_tokens == "answers" else []), full - len(ids)
+        anchors = anchors if self.config.anchor_tokens == "answers" else []
+        return EncodedChunk(ids, anchors, (name_demonstration(demonstration),)), full - len(ids)
 
-    def _encode_plain_text(self, text: str, window: int) -> list[EncodedChunk]:
+    def _has_room(self, group: Sequence[EncodedChunk], piece: EncodedChunk, window: int) -> bool:
+        limit = self.config.max_demonstrations_per_chunk
+        num_tokens = sum(len(other.input_ids) for other in group) + len(piece.input_ids)
+        return num_tokens <= window and (limit is None or len(group) < limit)
+
+    def _encode_plain_text(self, text: Demonstration, window: int) -> list[EncodedChunk]:
         """Cut a text into pieces that fit the window; its anchors are the tokens that end a sentence or a line."""
-        ids = self._ids(text)
+        ids, name = self._ids(text.input), name_demonstration(text)
         pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
         return [
             EncodedChunk(
@@ -304,8 +316,9 @@ class PromptEncoder:
                 [i for i, token in enumerate(piece) if self._is_sentence_end(token)]
                 if self.config.anchor_tokens == "answers"
                 else [],
+                (f"{name}-{number}" if number else name,),
             )
-            for piece in pieces
+            for number, piece in enumerate(pieces)
         ]
 
     def _is_sentence_end(self, token_id: int) -> bool:
@@ -319,4 +332,4 @@ class PromptEncoder:
         for piece in pieces:
             anchors += [len(ids) + position for position in piece.anchor_positions]
             ids += piece.input_ids
-        return EncodedChunk(ids, anchors)
+        return EncodedChunk(ids, anchors, tuple(name for piece in pieces for name in piece.demonstrations))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_on, switch_by_thread
@@ -23,18 +23,20 @@ from mend_hf.architectures import (
     check_padding,
     get_backbone,
     get_embedding_width,
+    get_max_positions,
     get_unadaptable_modules,
 )
 from mend_hf.config import MendConfig
-from mend_hf.demonstrations import EncodedTask
-from mend_hf.errors import ConfigError
+from mend_hf.demonstration_batch import DemonstrationBatch
+from mend_hf.errors import ConfigError, ShapeError
 from mend_hf.fingerprint import hash_tensors
+from mend_hf.pooling import label_anchors, pool_anchors
 from mend_hf.prefix import (
     EmbeddingPrefix,
     KeyValuePrefix,
     Prefix,
     gather_slots,
-    join_chunks,
+    join_tasks,
     make_cache,
     pack_right,
     position_inputs,
@@ -43,75 +45,6 @@ from mend_hf.prefix import (
 )
 
 ADAPTER_NAME = "mend"
-
-
-@dataclass(frozen=True)
-class DemonstrationBatch:
-    """Token ids of the demonstrations of B tasks, cut into N chunks, padded on the left.
-
-    Attributes:
-        input_ids (N, D): Token ids.
-        attention_mask (N, D): 1 where there is a token.
-        anchor_mask (N, D): True at the tokens whose keys and values are kept.
-        task_rows (N,): Which task a chunk belongs to, ascending from 0; a task's chunks follow one another.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    anchor_mask: Tensor
-    task_rows: Tensor
-
-    @classmethod
-    def from_columns(
-        cls,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        anchor_mask: Tensor | None = None,
-        task_rows: Tensor | None = None,
-    ) -> DemonstrationBatch:
-        """Take a collator's columns as they are; what is left out means no padding, no anchors, one chunk a task."""
-        return cls(
-            input_ids,
-            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-            torch.zeros_like(input_ids, dtype=torch.bool) if anchor_mask is None else anchor_mask,
-            torch.arange(input_ids.shape[0], device=input_ids.device) if task_rows is None else task_rows,
-        )
-
-    @classmethod
-    def from_tasks(cls, tasks: list[EncodedTask], pad_token_id: int) -> DemonstrationBatch:
-        """Pad the chunks of several tasks to one length."""
-        chunks = [(row, chunk) for row, task in enumerate(tasks) for chunk in task.chunks]
-        length = max(len(chunk.input_ids) for _, chunk in chunks)
-        input_ids = torch.full((len(chunks), length), pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        anchor_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for index, (_, chunk) in enumerate(chunks):
-            start = length - len(chunk.input_ids)
-            input_ids[index, start:] = torch.tensor(chunk.input_ids)
-            attention_mask[index, start:] = 1
-            anchor_mask[index, [start + position for position in chunk.anchor_positions]] = True
-        return cls(input_ids, attention_mask, anchor_mask, torch.tensor([row for row, _ in chunks]))
-
-    def to(self, device: torch.device) -> DemonstrationBatch:
-        """Return the batch on a device."""
-        return DemonstrationBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
-
-    def rounds(self) -> Iterator[tuple[DemonstrationBatch, Tensor]]:
-        """Yield the first chunks of all tasks, then the second ones, ...: each with the rows of its tasks."""
-        same = self.task_rows[:, None] == self.task_rows[None, :]
-        chunk_number = same.tril(-1).sum(1)  # [N]
-        for number in range(int(chunk_number.max()) + 1):
-            index = (chunk_number == number).nonzero().squeeze(1)
-            rows = self.task_rows[index]
-            yield (
-                DemonstrationBatch(
-                    self.input_ids[index],
-                    self.attention_mask[index],
-                    self.anchor_mask[index],
-                    torch.arange(len(rows), device=rows.device),
-                ),
-                rows,
-            )
 
 
 class DemonstrationDistiller(nn.Module):
@@ -229,26 +162,49 @@ class DemonstrationDistiller(nn.Module):
 
         Returns:
             A prefix of B rows. Its slots are, of every chunk, the V placeholders and in the kv form before them the
-            first token and the anchors.
+            first token and the anchors, which are pooled beyond `max_slots`.
+        """
+        prefix = self.distil_chunks(batch)
+        if self.config.overflow != "recurrent":
+            prefix = join_tasks(prefix, batch.task_rows.tolist())
+        if isinstance(prefix, KeyValuePrefix) and self.config.max_slots is not None:
+            return pool_anchors(prefix, self.config.max_slots, self.config.anchor_pooling)
+        return prefix
+
+    def distil_chunks(self, batch: DemonstrationBatch, batch_size: int | None = None) -> Prefix:
+        """Distil the chunks of B tasks without joining or pooling them.
+
+        Args:
+            batch: N chunks of B tasks.
+            batch_size: Chunks that are read at once, which bounds the memory; None: all.
+
+        Returns:
+            A prefix of one row a chunk; under `recurrent`, where a chunk goes on from those before it and cannot be
+            told from them, one row a task.
         """
         with self.adapter_on():
             if self.config.overflow == "recurrent":
-                return self._distil_in_turn(batch)
-            prefix = self._distil_chunks(batch, None)
-        if batch.task_rows.shape[0] == int(batch.task_rows[-1]) + 1:
-            return prefix
-        rows_of_task = [(batch.task_rows == row).nonzero().squeeze(1) for row in range(int(batch.task_rows[-1]) + 1)]
-        return stack_rows([join_chunks([prefix.select(row[None]) for row in rows]) for rows in rows_of_task])
+                return self._distil_in_turn(batch, batch_size)
+            return self._distil_batches(batch, None, batch_size)
 
-    def _distil_in_turn(self, batch: DemonstrationBatch) -> Prefix:
+    def _distil_in_turn(self, batch: DemonstrationBatch, batch_size: int | None) -> Prefix:
         """Distil chunk after chunk; each also reads the prefix of those before it."""
         prefixes: dict[int, Prefix] = {}
         for chunks, rows in batch.rounds():
             past = stack_rows([prefixes[row] for row in rows.tolist()]) if prefixes else None
-            new = self._distil_chunks(chunks, past)
+            new = self._distil_batches(chunks, past, batch_size)
             for index, row in enumerate(rows.tolist()):
                 prefixes[row] = new.select([index])
         return stack_rows([prefixes[row] for row in sorted(prefixes)])
+
+    def _distil_batches(self, batch: DemonstrationBatch, past: Prefix | None, batch_size: int | None) -> Prefix:
+        num_chunks = batch.input_ids.shape[0]
+        if batch_size is None or batch_size >= num_chunks:
+            return self._distil_chunks(batch, past)
+        parts = []
+        for rows in torch.arange(num_chunks, device=batch.input_ids.device).split(batch_size):
+            parts.append(self._distil_chunks(batch.select(rows), None if past is None else past.select(rows)))
+        return stack_rows(parts)
 
     def _distil_chunks(self, batch: DemonstrationBatch, past: Prefix | None) -> Prefix:
         """Distil every chunk as a row of its own, going on from the prefix of what was read before."""
@@ -258,9 +214,9 @@ class DemonstrationDistiller(nn.Module):
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(num_chunks, num_vectors)], dim=1)
         if self.config.prefix_form == "embeds":
             return self._read_vectors(embeddings, mask, past if isinstance(past, EmbeddingPrefix) else None)
-        keep = torch.cat([batch.anchor_mask, mask[:, batch.input_ids.shape[1] :].bool()], dim=1)
+        labels = F.pad(label_anchors(batch.input_ids, batch.anchor_mask), (0, num_vectors))
         return self._read_keys_and_values(
-            embeddings, mask, keep, batch.attention_mask, past if isinstance(past, KeyValuePrefix) else None
+            embeddings, mask, labels, batch.attention_mask, past if isinstance(past, KeyValuePrefix) else None
         )
 
     def _read_vectors(self, embeddings: Tensor, mask: Tensor, past: EmbeddingPrefix | None) -> EmbeddingPrefix:
@@ -280,7 +236,7 @@ class DemonstrationDistiller(nn.Module):
         return new if past is None else _append(past, new)
 
     def _read_keys_and_values(
-        self, embeddings: Tensor, mask: Tensor, keep: Tensor, text_mask: Tensor, past: KeyValuePrefix | None
+        self, embeddings: Tensor, mask: Tensor, labels: Tensor, text_mask: Tensor, past: KeyValuePrefix | None
     ) -> KeyValuePrefix:
         """Keep the keys and values of the sink, the anchors and the placeholders.
 
@@ -292,14 +248,17 @@ class DemonstrationDistiller(nn.Module):
         steps = torch.arange(1, self.config.num_virtual_tokens + 1, device=lengths.device)
         spread = (lengths[:, None] * steps // max(len(steps), 1) - 1).clamp(min=0)  # [N, V]
         positions = torch.cat([text_positions, spread], dim=1)
+        keep = (labels != 0) | F.pad(torch.zeros_like(text_mask), (0, len(steps)), value=1).bool()
         if past is None:
             cache, past_mask = DynamicCache(), mask[:, :0]
-            keep = keep | (mask.bool() & (mask.cumsum(1) == 1))
+            is_sink = mask.bool() & (mask.cumsum(1) == 1)
+            keep, labels = keep | is_sink, labels.masked_fill(is_sink, 0)
         else:
             cache, past_mask = make_cache(past), past.mask.to(mask.dtype)
             positions = positions + past.next_positions[:, None]
             lengths = lengths + past.next_positions
-            keep = torch.cat([past.mask, keep], dim=1)
+            keep, labels = torch.cat([past.mask, keep], dim=1), torch.cat([past.labels, labels], dim=1)
+            _check_recurrent_length(self._model, lengths)
         check_length(self._model, lengths)
         self._backbone(
             inputs_embeds=embeddings,
@@ -314,6 +273,7 @@ class DemonstrationDistiller(nn.Module):
             tuple(gather_slots(layer.values, index) for layer in cache.layers),
             slot_mask,
             lengths,
+            labels.gather(1, index),
         )
 
 
@@ -321,6 +281,16 @@ def load_reader(config: MendConfig) -> PreTrainedModel:
     """Load the model of a separate distiller; of an encoder-decoder model its encoder."""
     reader = AutoModel.from_pretrained(config.distiller_name_or_path, revision=config.distiller_revision or "main")
     return get_backbone(reader)
+
+
+def _check_recurrent_length(model: PreTrainedModel, lengths: Tensor) -> None:
+    limit = get_max_positions(model)
+    if limit is not None and int(lengths.max()) > limit:
+        raise ShapeError(
+            f"Expected at most {limit} tokens in all chunks together, for which {type(model).__name__} has positions, "
+            f'got {int(lengths.max())}: overflow="recurrent" numbers the chunks on and on. Use overflow="concat", '
+            "where every chunk begins at position 0, or give fewer demonstrations."
+        )
 
 
 def _append(past: EmbeddingPrefix, new: EmbeddingPrefix) -> EmbeddingPrefix:

@@ -26,15 +26,17 @@ from mend_hf.architectures import (
     choose_prefix_form,
     keep_output_contiguous,
 )
-from mend_hf.artifact import DistilledDemonstrations, describe_origin
+from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
+from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
-from mend_hf.distiller import DemonstrationBatch, DemonstrationDistiller, load_reader
+from mend_hf.distiller import DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError, DataError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
 from mend_hf.prefix import KeyValuePrefix, Prefix
+from mend_hf.provenance import describe_origin
 from mend_hf.routes import get_route
 from mend_hf.routes.base import match_rows
 
@@ -100,12 +102,13 @@ class MendModel(PushToHubMixin, nn.Module):
         return PromptEncoder(self.distiller_tokenizer, self.mend_config)
 
     @torch.no_grad()
-    def distill(self, demonstrations: Any) -> DistilledDemonstrations:
+    def distill(self, demonstrations: Any, *, batch_size: int | None = None) -> DistilledDemonstrations:
         """Read demonstrations once and return the prefix that stands for them.
 
         Args:
             demonstrations: One task: a list of (input, output) tuples, {"input", "output"} mappings or strings; a
                 batch of tasks: a list of such lists; or token ids (B, D) of plain text, one task a row.
+            batch_size: Chunks that the distiller reads at once, which bounds the memory; None: all.
 
         Returns:
             Distilled demonstrations, one row a task, without gradients.
@@ -115,7 +118,8 @@ class MendModel(PushToHubMixin, nn.Module):
         """
         encoded = self._encode(demonstrations)
         provenance = describe_origin(self.mend_config, encoded, self._source, self.distiller.content_hash())
-        return DistilledDemonstrations(self._distil(encoded), provenance)
+        chunks = self.distiller.distil_chunks(self._batch(encoded), batch_size)
+        return DistilledDemonstrations(chunks, provenance)
 
     @torch.no_grad()
     def read(self, demonstrations: Any) -> DistilledDemonstrations:
@@ -123,11 +127,11 @@ class MendModel(PushToHubMixin, nn.Module):
 
         Every token is a slot; what the budgets do not hold is cut away. Takes and raises what `distill` does.
         """
-        prompt = PromptEncoder(self.tokenizer, dataclasses.replace(self.mend_config, overflow="truncate"))
+        prompt = PromptEncoder(self.tokenizer, self.mend_config.without_chunks())
         encoded = [prompt.encode_demonstrations(task) for task in parse_demonstrations(demonstrations)[0]]
         batch = DemonstrationBatch.from_tasks(encoded, prompt.pad_token_id).to(self.device)
         prefix = self.read_tokens(batch.input_ids, batch.attention_mask)
-        return DistilledDemonstrations(prefix, describe_origin(self.mend_config, encoded, None, None))
+        return DistilledDemonstrations(prefix, describe_origin(prompt.config, encoded, None, None))
 
     def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Prefix:
         """Return the prefix of token ids (B, N), padded on the left, that the bare base model reads as plain text."""
@@ -377,7 +381,7 @@ class MendModel(PushToHubMixin, nn.Module):
         if isinstance(demonstrations, Prefix):
             return demonstrations
         if not isinstance(demonstrations, DistilledDemonstrations):
-            return self._distil(self._encode(demonstrations))
+            return self.distiller(self._batch(self._encode(demonstrations)))
         made_for = demonstrations.provenance.base_model_fingerprint
         check_fingerprint(made_for, self.mend_config.base_model_fingerprint or {}, "What was distilled")
         if torch.is_grad_enabled() or isinstance(demonstrations.prefix, KeyValuePrefix):
@@ -397,6 +401,6 @@ class MendModel(PushToHubMixin, nn.Module):
         prompt = self.distiller_prompt
         return [prompt.encode_demonstrations(task) for task in parse_demonstrations(demonstrations)[0]]
 
-    def _distil(self, encoded: list[EncodedTask]) -> Prefix:
+    def _batch(self, encoded: list[EncodedTask]) -> DemonstrationBatch:
         pad_token_id = self.distiller_prompt.pad_token_id if self.distiller_tokenizer else 0
-        return self.distiller(DemonstrationBatch.from_tasks(encoded, pad_token_id).to(self.device))
+        return DemonstrationBatch.from_tasks(encoded, pad_token_id).to(self.device)

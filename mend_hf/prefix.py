@@ -8,7 +8,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +33,15 @@ class KeyValuePrefix:
         values: One tensor (B, H, S, K) a layer.
         mask (B, S): True where a slot counts.
         next_positions (B,): The position at which a query goes on.
+        anchor_labels (B, S): Equal numbers at anchors that say the same, 0 at every other slot; None: no anchors are
+            known, and none can be pooled.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask: Tensor
     next_positions: Tensor
+    anchor_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -53,25 +56,30 @@ class KeyValuePrefix:
         """Size of the keys and values, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    @property
+    def labels(self) -> Tensor:
+        """The anchors' labels (B, S), 0 everywhere where none are known."""
+        return torch.zeros_like(self.mask, dtype=torch.long) if self.anchor_labels is None else self.anchor_labels
+
     def select(self, rows: Tensor | Sequence[int]) -> KeyValuePrefix:
         """Return the given rows, which may repeat; slots that none of them uses are dropped."""
         rows = torch.as_tensor(rows, device=self.mask.device)
         mask = self.mask[rows]
         start = self.num_slots - int(mask.sum(1).max()) if len(rows) else 0
         return KeyValuePrefix(
-            tuple(key[rows, :, start:] for key in self.keys),
-            tuple(value[rows, :, start:] for value in self.values),
+            *map_layers(lambda states: states[rows, :, start:], self),
             mask[:, start:],
             self.next_positions[rows],
+            self.labels[rows, start:],
         )
 
     def expand(self, num_rows: int) -> KeyValuePrefix:
         """Return the one row of this prefix seen `num_rows` times, without copying it."""
         return KeyValuePrefix(
-            tuple(key.expand(num_rows, -1, -1, -1) for key in self.keys),
-            tuple(value.expand(num_rows, -1, -1, -1) for value in self.values),
+            *map_layers(lambda states: states.expand(num_rows, -1, -1, -1), self),
             self.mask.expand(num_rows, -1),
             self.next_positions.expand(num_rows),
+            self.labels.expand(num_rows, -1),
         )
 
 
@@ -115,6 +123,14 @@ class EmbeddingPrefix:
 Prefix = KeyValuePrefix | EmbeddingPrefix
 
 
+def map_layers(
+    change: Callable[..., Tensor], *prefixes: KeyValuePrefix
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return keys and values, layer by layer, after a change that takes the tensor (B, H, S, K) of every prefix."""
+    keys = tuple(change(*layer) for layer in zip(*(prefix.keys for prefix in prefixes), strict=True))
+    return keys, tuple(change(*layer) for layer in zip(*(prefix.values for prefix in prefixes), strict=True))
+
+
 def join_chunks(prefixes: Sequence[Prefix]) -> Prefix:
     """Join the prefixes of chunks that were distilled apart into one that holds them all, row by row.
 
@@ -140,16 +156,30 @@ def join_chunks(prefixes: Sequence[Prefix]) -> Prefix:
         has_sink = has_sink | part.mask.any(1)
     index, mask = pack_right(torch.cat(masks, dim=1))
     return KeyValuePrefix(
-        tuple(
-            gather_slots(torch.cat(layer, dim=2), index) for layer in zip(*(part.keys for part in parts), strict=True)
-        ),
-        tuple(
-            gather_slots(torch.cat(layer, dim=2), index)
-            for layer in zip(*(part.values for part in parts), strict=True)
-        ),
+        *map_layers(lambda *layer: gather_slots(torch.cat(layer, dim=2), index), *parts),
         mask,
         torch.stack([part.next_positions for part in parts]).amax(0),
+        torch.cat([part.labels for part in parts], dim=1).gather(1, index),
     )
+
+
+def join_tasks(prefix: Prefix, task_rows: Sequence[int]) -> Prefix:
+    """Join the chunks of every task.
+
+    Args:
+        prefix: One row a chunk.
+        task_rows: The task of every chunk, ascending from 0 without a gap.
+
+    Returns:
+        A prefix of one row a task; the given one where every task has one chunk.
+    """
+    num_tasks = task_rows[-1] + 1
+    if len(task_rows) == num_tasks:
+        return prefix
+    chunks_of_task: list[list[Prefix]] = [[] for _ in range(num_tasks)]
+    for chunk, task in enumerate(task_rows):
+        chunks_of_task[task].append(prefix.select([chunk]))
+    return stack_rows([join_chunks(chunks) for chunks in chunks_of_task])
 
 
 def stack_rows(prefixes: Sequence[Prefix]) -> Prefix:
@@ -161,16 +191,10 @@ def stack_rows(prefixes: Sequence[Prefix]) -> Prefix:
         return EmbeddingPrefix(torch.cat(parts), mask)
     rows = [prefix for prefix in prefixes if isinstance(prefix, KeyValuePrefix)]
     return KeyValuePrefix(
-        tuple(
-            torch.cat([_pad_left(key, num_slots, dim=2) for key in layer])
-            for layer in zip(*(row.keys for row in rows), strict=True)
-        ),
-        tuple(
-            torch.cat([_pad_left(value, num_slots, dim=2) for value in layer])
-            for layer in zip(*(row.values for row in rows), strict=True)
-        ),
+        *map_layers(lambda *layer: torch.cat([_pad_left(states, num_slots, dim=2) for states in layer]), *rows),
         mask,
         torch.cat([row.next_positions for row in rows]),
+        torch.cat([_pad_left(row.labels, num_slots, dim=1) for row in rows]),
     )
 
 
@@ -344,10 +368,10 @@ def move(prefix: Prefix, device: torch.device, dtype: torch.dtype) -> Prefix:
     if isinstance(prefix, EmbeddingPrefix):
         return replace(prefix, vectors=prefix.vectors.to(device, dtype), mask=prefix.mask.to(device))
     return KeyValuePrefix(
-        tuple(key.to(device, dtype) for key in prefix.keys),
-        tuple(value.to(device, dtype) for value in prefix.values),
+        *map_layers(lambda states: states.to(device, dtype), prefix),
         prefix.mask.to(device),
         prefix.next_positions.to(device),
+        prefix.labels.to(device),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,7 +83,7 @@ def info(name_or_path: Annotated[str, typer.Argument(help="A distiller or distil
             "tasks": len(distilled),
             "slots": distilled.num_slots,
             "bytes": f"{distilled.num_bytes:,}",
-            **dataclasses.asdict(distilled.provenance),
+            **distilled.provenance.summarize(),
         }
     else:
         facts = MendConfig.from_pretrained(name_or_path).to_dict()

@@ -5,7 +5,6 @@ Shapes: R tasks, N chunks, B queries, D demonstration tokens, T query tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mend_hf.config import MendConfig
+from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.demonstrations import Demonstration, EncodedTask, PromptEncoder, parse_demonstrations
-from mend_hf.distiller import DemonstrationBatch
 from mend_hf.errors import DataError
 from mend_hf.losses import IGNORE_INDEX
 
@@ -56,9 +55,7 @@ class MendCollator:
         self._prompt = PromptEncoder(tokenizer, config)
         self._distiller_prompt = PromptEncoder(distiller_tokenizer or tokenizer, config)
         window = max_teacher_tokens or (config.max_distiller_tokens if config.overflow == "truncate" else sys.maxsize)
-        teacher_config = dataclasses.replace(
-            config, anchor_tokens="none", overflow="truncate", max_distiller_tokens=window
-        )
+        teacher_config = config.without_chunks(anchor_tokens="none", max_distiller_tokens=window)
         self._teacher_prompt = PromptEncoder(tokenizer, teacher_config)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

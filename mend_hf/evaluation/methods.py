@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 
+from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.demonstrations import Demonstration, PromptEncoder
-from mend_hf.distiller import DemonstrationBatch
 from mend_hf.errors import ConfigError
 from mend_hf.model import MendModel
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_slots, pack_right
@@ -46,7 +45,7 @@ def _count_tokens(model: MendModel, demonstrations: Demonstrations) -> int:
 
 def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
     """The bare base model's keys and values at the first token and at the answers' own tokens."""
-    config = dataclasses.replace(model.mend_config, anchor_tokens="answers", overflow="truncate")
+    config = model.mend_config.without_chunks(anchor_tokens="answers")
     prompt = PromptEncoder(model.tokenizer, config)
     task = prompt.encode_demonstrations(list(demonstrations))
     batch = DemonstrationBatch.from_tasks([task], prompt.pad_token_id).to(model.device)
