@@ -168,7 +168,8 @@ class MendModel(PushToHubMixin, nn.Module):
 
         Args:
             input_ids (B, T): The query's tokens alone.
-            attention_mask (B, T): Of the query alone; padding may stand on either side.
+            attention_mask (B, T): Of the query alone; padding may stand on either side. With `past_key_values` of an
+                earlier call, which hold the prefix, of all the user's tokens so far.
             labels (B, T): As in the base model; -100 is ignored.
             demonstrations: Raw or distilled; one task for all rows or one a row. Gradients flow into raw ones.
             demo_input_ids (N, D): With the other `demo_` columns of `MendCollator`, in place of `demonstrations`.
@@ -189,12 +190,15 @@ class MendModel(PushToHubMixin, nn.Module):
         query = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if query is None or prefix is None or self._is_disabled:
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
         prefix = self.route.prepare(prefix)
         if query_task_rows is not None:
             prefix = prefix.select(query_task_rows)
-        prefix = match_rows(prefix, attention_mask.shape[0])
+        prefix = match_rows(prefix, query.shape[0])
+        if attention_mask is None:
+            cache = kwargs.get("past_key_values")
+            num_held = max(int(cache.get_seq_length()) - prefix.num_slots, 0) if cache is not None else 0
+            shape = (query.shape[0], num_held + query.shape[1])
+            attention_mask = torch.ones(shape, dtype=torch.long, device=query.device)
         return self.route.forward(prefix, input_ids, attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
@@ -212,6 +216,8 @@ class MendModel(PushToHubMixin, nn.Module):
             attention_mask (B, T): Of the query alone.
             demonstrations: Raw, distilled or a prefix; one task for all rows or one a row.
             **generation: Passed to the base model's `generate`; lengths count the user's tokens, never the prefix.
+                To go on with a chat, give the `past_key_values` of a call with the same demonstrations together with
+                all tokens so far, old and new, as in transformers; an empty cache is filled with the prefix.
 
         Returns:
             What the base model's `generate` returns: the prefix never appears in it.
@@ -223,11 +229,12 @@ class MendModel(PushToHubMixin, nn.Module):
         if prefix is None or self._is_disabled:
             masks = {} if attention_mask is None else {"attention_mask": attention_mask}
             return self.base_model.generate(input_ids, **masks, **generation)
-        if not isinstance(input_ids, Tensor) or input_ids.shape[1] == 0:
+        query = generation.get("inputs_embeds") if input_ids is None else input_ids
+        if not isinstance(query, Tensor) or query.shape[1] == 0:
             raise DataError("Expected a query of at least one token as input_ids (rows, tokens) or text, got none.")
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        prefix = match_rows(self.route.prepare(prefix), input_ids.shape[0])
+            attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
+        prefix = match_rows(self.route.prepare(prefix), query.shape[0])
         return self.route.generate(prefix, input_ids, attention_mask, **generation)
 
     def answer(self, queries: Sequence[str], demonstrations: Any | None = None, **generation: Any) -> list[str]:

@@ -26,6 +26,7 @@ LAYERS = (
     ("config", "fingerprint"),
     ("demonstrations",),
     ("prefix",),
+    ("caches",),
     ("distiller", "routes/"),
     ("artifact",),
     ("hub",),

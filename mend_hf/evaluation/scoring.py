@@ -96,10 +96,10 @@ def _score_batch(
     longest = max(len(answer) for _, answer in ids)
     whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
     if not isinstance(prefix, KeyValuePrefix):
-        check_positions(model.base_model, whole, whole.new_zeros(1), 0)
+        check_positions(model.base_model, whole, whole.new_zeros(1))
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True}
     else:
-        check_positions(model.base_model, whole, prefix.next_positions.max(), prefix.num_slots)
+        check_positions(model.base_model, whole, prefix.next_positions)
         inputs = continue_inputs(prefix, mask, model.base_model)
     read = model.base_model(input_ids=encoding["input_ids"], logits_to_keep=1, **inputs)
     means: list[float] = []
