@@ -6,6 +6,7 @@ The only file that looks at model types.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -301,31 +302,33 @@ def check_padding(model: PreTrainedModel, mask: Tensor) -> None:
 
 
 def check_positions(
-    model: PreTrainedModel, attention_mask: Tensor, next_positions: Tensor, num_slots: int, num_new_tokens: int = 0
+    model: PreTrainedModel, attention_mask: Tensor, next_positions: Tensor, num_new_tokens: int = 0
 ) -> None:
-    """Refuse a query that would be answered wrongly behind a prefix.
+    """Refuse a query that would be answered wrongly behind a prefix, and warn of one that loses sight of it.
 
     Args:
         model: The base model.
         attention_mask (B, T): Of the query.
         next_positions (B,): Each row's first position.
-        num_slots: Prefix slots in front of the query.
         num_new_tokens: Tokens that will be generated and read behind the query.
 
     Raises:
-        ShapeError: A learned position table has no room for the query, or padding between prefix and query would push
-            the prefix out of a sliding window.
+        ShapeError: A learned position table has no room for the query and the new tokens.
     """
-    limit, window, num_tokens = get_max_positions(model), get_sliding_window(model), attention_mask.shape[1]
-    if limit is not None and (num_before := int(next_positions.max())) + num_tokens > limit:
+    limit, window = get_max_positions(model), get_sliding_window(model)
+    if limit is None and window is None:
+        return
+    lengths = attention_mask.sum(1)  # [B]
+    if limit is not None and int((next_positions + lengths).max()) + num_new_tokens > limit:
         raise ShapeError(
-            f"Expected demonstrations and query to fit the base model's {limit} positions, got a query of "
-            f"{num_tokens} tokens from position {num_before} on: use fewer demonstrations or a shorter query."
+            f"Expected demonstrations, query and new tokens to fit the base model's {limit} positions, got a query of "
+            f"{int(lengths.max())} tokens from position {int(next_positions.max())} on and {num_new_tokens} new ones: "
+            "use fewer demonstrations, a shorter query or fewer new tokens."
         )
-    num_read = num_slots + num_tokens + num_new_tokens
-    if window is not None and num_read > window and not attention_mask[:, 0].all():
-        raise ShapeError(
-            f"Expected queries of one length behind a prefix of {num_slots} slots, because padding would use up the "
-            f"base model's sliding window of {window} tokens, got a batch padded on the left to {num_tokens} tokens "
-            f"and {num_new_tokens} new ones: ask rows of different lengths one by one."
+    if window is not None and int(next_positions.max()) and int(lengths.max()) + num_new_tokens >= window:
+        warnings.warn(
+            f"A query of {int(lengths.max())} tokens and {num_new_tokens} new ones is longer than the base model's "
+            f"sliding window of {window}: in layers with that window its end no longer sees the demonstrations. "
+            "Ask shorter queries or generate fewer tokens.",
+            stacklevel=4,
         )

@@ -183,7 +183,8 @@ class MendModel(PushToHubMixin, nn.Module):
 
         Args:
             input_ids (B, T): The query's tokens alone.
-            attention_mask (B, T): Of the query alone; padding may stand on either side.
+            attention_mask (B, T): Of the query alone; padding may stand on either side. With `past_key_values` of an
+                earlier call, which hold the prefix, of all the user's tokens so far.
             labels (B, T): As in the base model; -100 is ignored.
             demonstrations: Raw or distilled; one task for all rows or one a row. Gradients flow into raw ones.
             demo_input_ids (N, D): With the other `demo_` columns of `MendCollator`, in place of `demonstrations`.
@@ -206,12 +207,15 @@ class MendModel(PushToHubMixin, nn.Module):
             kwargs["labels"] = labels
         if query is None or prefix is None or self._binding.is_disabled:
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
         prefix = self.route.prepare(prefix)
         if query_task_rows is not None:
             prefix = prefix.select(query_task_rows)
-        prefix = match_rows(prefix, attention_mask.shape[0])
+        prefix = match_rows(prefix, query.shape[0])
+        if attention_mask is None:
+            cache = kwargs.get("past_key_values")
+            num_held = max(int(cache.get_seq_length()) - prefix.num_slots, 0) if cache is not None else 0
+            shape = (query.shape[0], num_held + query.shape[1])
+            attention_mask = torch.ones(shape, dtype=torch.long, device=query.device)
         if self.mend_config.task_type == "SEQ_CLS":
             check_pooling(self.base_model, input_ids, attention_mask)
         return self.route.forward(prefix, input_ids, attention_mask, **kwargs)
@@ -231,24 +235,27 @@ class MendModel(PushToHubMixin, nn.Module):
             attention_mask (B, T): Of the query alone.
             demonstrations: Raw, distilled or a prefix; one task for all rows or one a row.
             **generation: Passed to the base model's `generate`; lengths count the user's tokens, never the prefix.
+                To go on with a chat, give the `past_key_values` of a call with the same demonstrations together with
+                all tokens so far, old and new, as in transformers; an empty cache is filled with the prefix.
 
         Returns:
             What the base model's `generate` returns: the prefix never appears in it.
         """
         check_generates(self.base_model)
-        input_ids = generation.pop("inputs", input_ids)
-        if input_ids is not None and not isinstance(input_ids, Tensor):
-            input_ids, attention_mask = self.tokenize(input_ids).values()
+        given = generation.pop("inputs", input_ids)
+        if given is not None and not isinstance(given, Tensor):
+            given, attention_mask = self.tokenize(given).values()
         prefix = self._resolve(demonstrations)
         if prefix is None or self._binding.is_disabled:
             masks = {} if attention_mask is None else {"attention_mask": attention_mask}
-            return self.base_model.generate(input_ids, **masks, **generation)
-        if not isinstance(input_ids, Tensor) or input_ids.shape[1] == 0:
+            return self.base_model.generate(given, **masks, **generation)
+        query = generation.get("inputs_embeds") if given is None else given
+        if not isinstance(query, Tensor) or query.shape[1] == 0:
             raise DataError("Expected a query of at least one token as input_ids (rows, tokens) or text, got none.")
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        prefix = match_rows(self.route.prepare(prefix), input_ids.shape[0])
-        return self.route.generate(prefix, input_ids, attention_mask, **generation)
+            attention_mask = torch.ones(query.shape[:2], dtype=torch.long, device=query.device)
+        prefix = match_rows(self.route.prepare(prefix), query.shape[0])
+        return self.route.generate(prefix, given, attention_mask, **generation)
 
     def answer(self, queries: Sequence[str], demonstrations: Any | None = None, **generation: Any) -> list[str]:
         """Return what follows each query up to the end of the answer, greedily unless `generation` says otherwise.

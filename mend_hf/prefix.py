@@ -1,6 +1,6 @@
 """The prefix as a frozen base model meets it: keys and values, embeddings, caches, masks and positions.
 
-The only file about caches.
+Caches that `generate` goes on from are in caches.py.
 
 Shapes: B tasks or rows, V virtual tokens, S prefix slots, T query tokens, E embedding width, H key/value heads, K head
 width.
@@ -8,7 +8,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
 from mend_hf.errors import ShapeError
-
-DEFAULT_MAX_LENGTH = 20  # of `generate`, where neither the caller nor the model says how long
 
 
 @dataclass(frozen=True)
@@ -324,43 +322,6 @@ def continue_inputs(prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTr
         "attention_mask": torch.cat([prefix.mask.to(attention_mask.dtype), attention_mask], dim=1),
         **position_inputs(model, positions_of(attention_mask, prefix.next_positions)),
     }
-
-
-def generation_inputs(
-    prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTrainedModel, generation: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what `generate` needs beside the query's ids to go on from a prefix.
-
-    Args:
-        prefix: B rows, on the model's device.
-        attention_mask (B, T): Of the query alone.
-        model: The base model that generates.
-        generation: What else goes to `generate`. It repeats masks and positions for every beam and returned sequence
-            itself, but no cache.
-
-    Returns:
-        As `continue_inputs`, with `position_ids` (B, S + T), from which `generate` slices what a pass reads.
-    """
-    inputs = continue_inputs(prefix, attention_mask, model)
-    settings = generation.get("generation_config") or model.generation_config
-    num_copies = max(
-        generation.get(name, getattr(settings, name)) or 1 for name in ("num_beams", "num_return_sequences")
-    )
-    if num_copies > 1:
-        inputs["past_key_values"].batch_repeat_interleave(num_copies)
-    if "position_ids" in inputs:
-        unread = attention_mask.new_zeros(len(prefix), prefix.num_slots)
-        inputs["position_ids"] = torch.cat([unread, inputs["position_ids"]], dim=1)
-    return inputs
-
-
-def count_new_tokens(num_tokens: int, model: PreTrainedModel, generation: Mapping[str, Any]) -> int:
-    """Return how many new tokens `generate` reads at most behind a query of `num_tokens`; the last one is not read."""
-    settings = generation.get("generation_config") or model.generation_config
-    max_new_tokens = generation.get("max_new_tokens", settings.max_new_tokens)
-    if max_new_tokens is None:
-        max_new_tokens = (generation.get("max_length", settings.max_length) or DEFAULT_MAX_LENGTH) - num_tokens
-    return max(max_new_tokens - 1, 0)
 
 
 def move(prefix: Prefix, device: torch.device, dtype: torch.dtype) -> Prefix:

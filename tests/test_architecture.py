@@ -26,7 +26,7 @@ LAYERS = (
     ("config", "fingerprint"),
     ("demonstrations",),
     ("demonstration_batch", "prefix", "provenance"),
-    ("pooling",),
+    ("caches", "pooling"),
     ("distiller", "routes/"),
     ("artifact",),
     ("hub", "binding"),

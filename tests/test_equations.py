@@ -11,7 +11,6 @@ from mend_hf import Demonstration, DistilledDemonstrations, MendConfig, MendMode
 from mend_hf.prefix import EmbeddingPrefix, make_cache, read_embeddings
 
 FAMILIES = ["gpt2", "llama", "qwen3", "opt", "gpt_neox", "gemma3_text", "mistral"]
-WITHOUT_WINDOW = FAMILIES[:5]
 FORMS = ["kv", "embeds"]
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive")]
 QUERIES = ["moving and funny", "bad", "the film was good and the food was bad"]
@@ -31,11 +30,6 @@ def wrap(base, tokenizer, form="kv", **settings):
 
 @pytest.fixture(params=FAMILIES)
 def base(request, tiny_model):
-    return tiny_model(request.param)
-
-
-@pytest.fixture(params=WITHOUT_WINDOW)
-def base_without_window(request, tiny_model):
     return tiny_model(request.param)
 
 
@@ -116,8 +110,8 @@ class TestABatchEqualsEachRowAlone:
     TASKS = (SHOTS, SHOTS[:1], SHOTS[1:])
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_logits_of_different_tasks_lengths_and_paddings(self, base_without_window, tokenizer, form):
-        model = wrap(base_without_window, tokenizer, form)
+    def test_logits_of_different_tasks_lengths_and_paddings(self, base, tokenizer, form):
+        model = wrap(base, tokenizer, form)
         batch = model.tokenize(QUERIES)
         together = model(**batch, demonstrations=model.distill(list(self.TASKS))).logits
         for row, (query, task) in enumerate(zip(QUERIES, self.TASKS, strict=True)):
@@ -126,8 +120,8 @@ class TestABatchEqualsEachRowAlone:
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("beams", [1, 2])
-    def test_generated_tokens(self, base_without_window, tokenizer, form, beams):
-        model = wrap(base_without_window, tokenizer, form)
+    def test_generated_tokens(self, base, tokenizer, form, beams):
+        model = wrap(base, tokenizer, form)
         batch = model.tokenize(QUERIES)
         distilled = model.distill(list(self.TASKS))
         together = model.generate(**batch, demonstrations=distilled, **greedy(num_beams=beams))
@@ -137,17 +131,11 @@ class TestABatchEqualsEachRowAlone:
             new = together[row, batch["input_ids"].shape[1] :].tolist()
             assert new[: alone.shape[1] - own["input_ids"].shape[1]] == alone[0, own["input_ids"].shape[1] :].tolist()
 
-    def test_one_task_answers_all_rows(self, base_without_window, tokenizer):
-        model = wrap(base_without_window, tokenizer)
+    def test_one_task_answers_all_rows(self, base, tokenizer):
+        model = wrap(base, tokenizer)
         batch, distilled = model.tokenize(QUERIES), model.distill(SHOTS)
         picked = model(**batch, demonstrations=distilled.select([0, 0, 0])).logits
         torch.testing.assert_close(model(**batch, demonstrations=distilled).logits, picked, **TOLERANCE)
-
-    @pytest.mark.parametrize("name", ["gemma3_text", "mistral"])
-    def test_padding_that_would_fill_a_sliding_window_is_refused(self, tiny_model, tokenizer, name):
-        model = wrap(tiny_model(name), tokenizer)
-        with pytest.raises(ValueError, match="one by one"):
-            model(**model.tokenize(QUERIES), demonstrations=model.distill(SHOTS))
 
 
 class TestWithoutDemonstrationsItIsTheBaseModel:

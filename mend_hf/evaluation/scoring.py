@@ -102,10 +102,10 @@ def _score_batch(
     longest = max(len(answer) for _, answer in ids)
     whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
     if not isinstance(prefix, KeyValuePrefix):
-        check_positions(model.base_model, whole, whole.new_zeros(1), 0)
+        check_positions(model.base_model, whole, whole.new_zeros(1))
         inputs = {"attention_mask": mask, "use_cache": True} | position_inputs(model.base_model, positions_of(mask))
     else:
-        check_positions(model.base_model, whole, prefix.next_positions.max(), prefix.num_slots)
+        check_positions(model.base_model, whole, prefix.next_positions)
         inputs = continue_inputs(prefix, mask, model.base_model)
     read = model.base_model(input_ids=encoding["input_ids"], logits_to_keep=1, **inputs)
     means = []

@@ -51,7 +51,7 @@ class Route(ABC):
         """
 
     @abstractmethod
-    def generate(self, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Any:
+    def generate(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **generation: Any) -> Any:
         """Let the base model generate behind a prepared prefix; arguments and errors as in `forward`.
 
         Returns:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.utils import ModelOutput
 
 from mend_hf.architectures import check_positions
-from mend_hf.errors import ShapeError
-from mend_hf.prefix import (
-    EmbeddingPrefix,
-    KeyValuePrefix,
-    Prefix,
-    continue_inputs,
+from mend_hf.caches import (
+    build_cache,
+    count_copies,
     count_new_tokens,
-    generation_inputs,
-    move,
-    read_embeddings,
+    count_read_tokens,
+    fill_cache,
+    go_on_inputs,
+    is_split_by_padding,
+    new_token_limits,
+    read_turned,
+    repeat_rows,
+    turn_back,
 )
+from mend_hf.errors import ConfigError, ShapeError
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, make_cache, move, read_embeddings
 from mend_hf.routes.base import Route
 
 
@@ -37,20 +43,163 @@ class CachedRoute(Route):
         return read_embeddings(self.base_model, self.base_model.get_input_embeddings()(input_ids), attention_mask)
 
     def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
-        """Run the base model over the query; it attends to the cached prefix."""
-        key_values = self._check(prefix, attention_mask)
-        inputs = continue_inputs(key_values, attention_mask, self.base_model)
-        return self.base_model(input_ids=input_ids, **inputs, **kwargs)
+        """Run the base model over the query; it attends to the cached prefix.
 
-    def generate(self, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Any:
+        With `past_key_values` of an earlier call, which hold the prefix, `input_ids` are the tokens that they do not
+        hold yet and `attention_mask` covers all the user's tokens; an empty cache is filled with the prefix first.
+        """
+        cache: Cache | None = kwargs.pop("past_key_values", None)
+        num_tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+        key_values = self._check(prefix, attention_mask, kwargs)
+        is_first = cache is None or cache.get_seq_length() == 0
+        num_read = 0 if cache is None or is_first else count_read_tokens(cache, key_values)
+        _check_mask(attention_mask, num_read + num_tokens)
+        if is_split_by_padding(self.base_model, attention_mask[:, num_read:]):
+            if cache is not None:
+                raise ShapeError(
+                    "Expected rows that go on from past_key_values with equally many tokens, because the base model "
+                    "has a sliding window that padding would use up: go on with the rows one by one."
+                )
+            return self._forward_turned(key_values, input_ids, attention_mask, kwargs)
+        if is_first:
+            cache = make_cache(key_values, self.base_model) if cache is None else fill_cache(cache, key_values)
+        inputs = go_on_inputs(key_values, attention_mask, num_read, self.base_model)
+        return self.base_model(input_ids=input_ids, past_key_values=cache, **inputs, **kwargs)
+
+    def generate(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **generation: Any) -> Any:
         """Generate from a cache that holds the prefix."""
-        num_new_tokens = count_new_tokens(input_ids.shape[1], self.base_model, generation)
-        key_values = self._check(prefix, attention_mask, num_new_tokens)
-        inputs = generation_inputs(key_values, attention_mask, self.base_model, generation)
-        return self.base_model.generate(input_ids, **inputs, **generation)
+        num_tokens = attention_mask.shape[1]
+        embeddings: Tensor | None = generation.pop("inputs_embeds", None)
+        query = input_ids if embeddings is None else embeddings
+        _check_mask(attention_mask, num_tokens if query is None else query.shape[1])
+        if not attention_mask[:, -1].all():
+            raise ShapeError("Expected queries padded on the left, got padding at a row's end: pad on the left.")
+        num_new_tokens = count_new_tokens(num_tokens, self.base_model, generation)
+        key_values = self._check(prefix, attention_mask, generation, max(num_new_tokens - 1, 0))
+        cache, num_read = self._read_ahead(key_values, input_ids, embeddings, attention_mask, generation)
+        inputs: dict[str, Any] = go_on_inputs(key_values, attention_mask, num_read, self.base_model)
+        if "position_ids" in inputs:  # `generate` slices the last ones
+            unread = attention_mask.new_zeros(len(key_values), key_values.num_slots + num_read)
+            inputs["position_ids"] = torch.cat([unread, inputs["position_ids"]], dim=1)
+        if num_read or embeddings is not None:
+            self._check_go_on(generation)
+            inputs |= self._embed(input_ids, embeddings, num_read, key_values.num_slots)
+            generation |= new_token_limits(num_tokens, self.base_model, generation)
+        return self.base_model.generate(input_ids, past_key_values=cache, **inputs, **generation)
 
-    def _check(self, prefix: Prefix, attention_mask: Tensor, num_new_tokens: int = 0) -> KeyValuePrefix:
+    def _forward_turned(
+        self, prefix: KeyValuePrefix, input_ids: Tensor | None, attention_mask: Tensor, kwargs: dict[str, Any]
+    ) -> ModelOutput:
+        """Run the base model over padded queries under a sliding window, padding behind the queries."""
+        if kwargs.get("output_attentions"):
+            raise ConfigError(
+                "Expected output_attentions=False for padded queries under a sliding window, whose keys stand in "
+                "another order, got True: ask rows of different lengths one by one."
+            )
+        logits_to_keep = kwargs.pop("logits_to_keep", 0)
+        queries = {} if input_ids is None else {"input_ids": input_ids}
+        output, order = read_turned(self.base_model, prefix, attention_mask, **queries, **kwargs)
+        logits = turn_back(output.logits, order)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        output.logits = logits[:, kept] if not isinstance(kept, int) else logits
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(turn_back(states, order) for states in output.hidden_states)
+        return output
+
+    def _read_ahead(
+        self,
+        prefix: KeyValuePrefix,
+        input_ids: Tensor | None,
+        embeddings: Tensor | None,
+        attention_mask: Tensor,
+        generation: dict[str, Any],
+    ) -> tuple[Cache, int]:
+        """Return the cache to generate from, and how many of the query's tokens it holds."""
+        cache: Cache | None = generation.pop("past_key_values", None)
+        num_tokens, num_copies = attention_mask.shape[1], count_copies(self.base_model, generation)
+        num_new_tokens = count_new_tokens(num_tokens, self.base_model, generation)
+        if cache is not None and cache.get_seq_length():
+            num_read = count_read_tokens(cache, prefix)
+            if num_read >= num_tokens:
+                raise ShapeError(
+                    f"Expected at least one token that past_key_values do not hold, got {num_tokens} tokens of which "
+                    f"they hold {num_read}: pass the whole history and the new tokens behind it."
+                )
+            if is_split_by_padding(self.base_model, attention_mask[:, num_read:]):
+                raise ShapeError(
+                    "Expected rows that go on from past_key_values with equally many tokens, because the base model "
+                    "has a sliding window that padding would use up: go on with the rows one by one."
+                )
+            if num_copies > 1:
+                cache.batch_repeat_interleave(num_copies)
+            return cache, num_read
+        is_split = is_split_by_padding(self.base_model, attention_mask)
+        if not is_split:
+            rows = repeat_rows(prefix, num_copies)
+            if cache is not None:
+                return fill_cache(cache, rows), 0
+            cache = build_cache(rows, num_tokens + num_new_tokens, self.base_model, generation)
+            if generation.get("cache_implementation") is not None:
+                generation["cache_implementation"] = None  # the cache is there already
+            return cache, 0
+        if cache is not None or generation.get("cache_implementation") not in (None, "dynamic"):
+            raise ConfigError(
+                "Expected the default cache for padded queries under a sliding window, got another one: leave "
+                "past_key_values and cache_implementation out, or ask rows of different lengths one by one."
+            )
+        generation.pop("cache_implementation", None)
+        embeddings = self.base_model.get_input_embeddings()(input_ids) if embeddings is None else embeddings
+        output, _ = read_turned(
+            self.base_model, prefix, attention_mask[:, :-1], inputs_embeds=embeddings[:, :-1], use_cache=True
+        )
+        output.past_key_values.batch_repeat_interleave(num_copies)
+        return output.past_key_values, num_tokens - 1
+
+    def _embed(
+        self, input_ids: Tensor | None, embeddings: Tensor | None, num_read: int, num_slots: int
+    ) -> dict[str, Tensor]:
+        """Return the unread tokens' embeddings behind as many blanks as the cache is long.
+
+        `generate` skips in embeddings what a cache holds; in ids it would only where the ids were as many as the mask.
+        """
+        if embeddings is None:
+            embeddings = self.base_model.get_input_embeddings()(input_ids)
+        blank = embeddings.new_zeros(embeddings.shape[0], num_slots + num_read, embeddings.shape[2])
+        return {"inputs_embeds": torch.cat([blank, embeddings[:, num_read:]], dim=1)}
+
+    def _check_go_on(self, generation: dict[str, Any]) -> None:
+        given = [
+            name
+            for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+            if generation.get(name) is not None
+        ]
+        if given:
+            raise ConfigError(
+                f"Expected no {' or '.join(given)} where generation goes on from embeddings or a cache that holds "
+                "a part of the query, or where queries are padded under a sliding window, because transformers then "
+                "reads the wrong tokens: leave it out, or ask one query at a time without past_key_values."
+            )
+
+    def _check(
+        self, prefix: Prefix, attention_mask: Tensor, kwargs: dict[str, Any], num_new_tokens: int = 0
+    ) -> KeyValuePrefix:
         if not isinstance(prefix, KeyValuePrefix):
             raise ShapeError("Expected keys and values, got vectors: call prepare first.")
-        check_positions(self.base_model, attention_mask, prefix.next_positions, prefix.num_slots, num_new_tokens)
+        if kwargs.get("position_ids") is not None:
+            raise ConfigError(
+                "Expected no position_ids beside demonstrations, whose prefix decides where the query's positions "
+                "begin: leave them out, and mark padding in attention_mask."
+            )
+        if attention_mask.dim() == 2 and not attention_mask.any(1).all():
+            row = int((~attention_mask.any(1)).nonzero()[0])
+            raise ShapeError(f"Expected at least one token in every row, got none in row {row}: remove the row.")
+        check_positions(self.base_model, attention_mask, prefix.next_positions, num_new_tokens)
         return prefix
+
+
+def _check_mask(attention_mask: Tensor, num_tokens: int) -> None:
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != num_tokens:
+        raise ShapeError(
+            f"Expected an attention_mask of shape (rows, {num_tokens}), one entry a token of the query and none for "
+            f"the demonstrations, got {tuple(attention_mask.shape)}: pass the tokenizer's mask as it is."
+        )

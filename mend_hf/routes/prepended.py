@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from mend_hf.architectures import accepts, check_length, check_padding
+from mend_hf.caches import count_new_tokens
 from mend_hf.errors import ShapeError, UnsupportedModelError
-from mend_hf.prefix import EmbeddingPrefix, Prefix, check_vectors, count_new_tokens, positions_of
+from mend_hf.prefix import EmbeddingPrefix, Prefix, check_vectors, positions_of
 from mend_hf.routes.base import Route
 
 
@@ -85,7 +86,7 @@ class PrependedRoute(Route):
         output.logits = output.logits[:, -num_kept:]
         return output
 
-    def generate(self, prefix: Prefix, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Any:
+    def generate(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **generation: Any) -> Any:
         """Generate behind vectors and query; the base model's own cache carries on from there.
 
         Raises:
@@ -93,14 +94,17 @@ class PrependedRoute(Route):
                 way.
         """
         self._check_way_of_generating(generation)
-        num_new_tokens = count_new_tokens(input_ids.shape[1], self.base_model, generation)
-        embeddings = self.base_model.get_input_embeddings()(input_ids)
+        embeddings, ids = generation.pop("inputs_embeds", None), ()
+        if input_ids is not None:
+            embeddings, ids = self.base_model.get_input_embeddings()(input_ids), (input_ids,)
+        num_tokens = embeddings.shape[1]
+        num_new_tokens = max(count_new_tokens(num_tokens, self.base_model, generation) - 1, 0)
         packed = self._pack(prefix, embeddings, attention_mask, num_new_tokens)
         return self.base_model.generate(
-            input_ids,
+            *ids,
             inputs_embeds=packed.embeddings,
             attention_mask=packed.mask,
-            **self._lengths_of_new_tokens(input_ids.shape[1], generation),
+            **self._lengths_of_new_tokens(num_tokens, generation),
         )
 
     def _check_way_of_generating(self, generation: Mapping[str, Any]) -> None:
@@ -111,11 +115,11 @@ class PrependedRoute(Route):
                 "not let: call the model itself for one forward pass, or use another base model."
             )
         settings = generation.get("generation_config") or self.base_model.generation_config
-        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "past_key_values"):
             if generation.get(option, getattr(settings, option, None)) is not None:
                 raise UnsupportedModelError(
-                    f"Expected {option} to be None for {name}, whose cache cannot take back tokens that were guessed "
-                    "wrongly behind vectors: leave it out."
+                    f"Expected {option} to be None for {name}, whose states behind vectors can neither be taken back nor "
+                    "handed on: leave it out."
                 )
 
     def _lengths_of_new_tokens(self, num_tokens: int, generation: Mapping[str, Any]) -> dict[str, Any]:
