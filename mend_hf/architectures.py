@@ -63,7 +63,8 @@ def check_base_model(base_model: nn.Module) -> TaskType:
     """Return PEFT's task type of a base model that can read a prefix.
 
     Raises:
-        UnsupportedModelError: It is no transformers model, or its forward pass takes no embeddings or no cache.
+        UnsupportedModelError: It is no transformers model, reads in both directions, has a head that this version does
+            not know, or its forward pass takes no embeddings or no cache.
     """
     if not isinstance(base_model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -75,7 +76,7 @@ def check_base_model(base_model: nn.Module) -> TaskType:
             f"Expected a decoder-only base model, got the encoder-decoder {base_model.config.model_type!r}: this "
             "version cannot put a prefix in front of an encoder yet. Use a causal language model."
         )
-    if any(getattr(module, "is_causal", None) is False for module in base_model.modules()):
+    if any(getattr(module, "is_causal", None) is False for module in base_model.get_decoder().modules()):
         raise UnsupportedModelError(
             f"Expected a decoder-only base model, got {type(base_model).__name__}, which reads in both "
             "directions: what stands in front of a query would change with it, and nothing of it could be kept. Use "

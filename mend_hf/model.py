@@ -353,9 +353,14 @@ class MendModel(PushToHubMixin, nn.Module):
         self.load_state_dict(load_distiller_tensors(name_or_path, **hub))
         self._source = str(name_or_path)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the distiller's trained tensors: the frozen base model is never saved."""
-        return {name: parameter.detach() for name, parameter in self.distiller.trained_tensors()}
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return the distiller's trained tensors, also as a part of another module: the base model is never saved."""
+        destination = {} if destination is None else destination
+        for name, parameter in self.distiller.trained_tensors():
+            destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        return destination
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Load the distiller's trained tensors; names and shapes are checked in any case."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from mend_hf.architectures import check_generates
 from mend_hf.artifact import DistilledDemonstrations
@@ -272,8 +273,6 @@ def register_pipelines() -> None:
 
     Its own tasks for text also stop logging that a MendModel is none of their models. Importing mend_hf does neither.
     """
-    from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
-
     PIPELINE_REGISTRY.register_pipeline("few-shot-text-generation", FewShotTextGenerationPipeline, type="text")
     PIPELINE_REGISTRY.register_pipeline("few-shot-classification", FewShotClassificationPipeline, type="text")
     for task in ("text-generation", "text-classification", "token-classification", "feature-extraction"):

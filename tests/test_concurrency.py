@@ -222,6 +222,13 @@ def test_a_model_is_copied_whole_also_while_demonstrations_are_bound(model, tmp_
     assert loaded(**query, demonstrations=SHOTS).logits.equal(expected)
 
 
+def test_a_module_around_the_model_saves_the_distiller_alone(model):
+    wrapped = torch.compile(model, backend="eager")
+    assert set(wrapped.state_dict()) == {f"_orig_mod.{name}" for name in model.state_dict()}
+    assert all(tensor.requires_grad for tensor in model.state_dict(keep_vars=True).values())
+    assert not any(tensor.requires_grad for tensor in model.state_dict().values())
+
+
 @torch.no_grad()
 def test_a_compiled_layer_is_read_past_its_adapter_and_distilled_through_it(model):
     query = model.tokenize(QUERY)

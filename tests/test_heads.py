@@ -12,11 +12,14 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     T5Config,
     T5ForSequenceClassification,
 )
 
 from mend_hf import AutoMendModel, Demonstration, MendConfig, MendTrainer, MendTrainingArguments, get_mend_model
+from mend_hf.architectures import check_base_model
 from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive")]
@@ -179,6 +182,12 @@ def test_auto_mend_model_loads_the_head_that_the_distiller_was_made_for(tiny_mod
 def test_heads_on_encoders_are_refused(build, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
         get_mend_model(build(), MendConfig())
+
+
+def test_a_vision_tower_beside_the_decoder_is_no_reason_to_refuse():
+    text = {**_SMALL, "vocab_size": 8, "num_key_value_heads": 2, "head_dim": 4}
+    config = Gemma3Config(text_config=text, vision_config={**_SMALL, "image_size": 28, "patch_size": 14})
+    assert check_base_model(Gemma3ForConditionalGeneration(config)) == "CAUSAL_LM"
 
 
 _SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
