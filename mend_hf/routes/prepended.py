@@ -94,14 +94,14 @@ class PrependedRoute(Route):
                 way.
         """
         self._check_way_of_generating(generation)
-        embeddings, ids = generation.pop("inputs_embeds", None), ()
+        embeddings = generation.pop("inputs_embeds", None)
         if input_ids is not None:
-            embeddings, ids = self.base_model.get_input_embeddings()(input_ids), (input_ids,)
+            embeddings = self.base_model.get_input_embeddings()(input_ids)
+            generation["inputs"] = input_ids
         num_tokens = embeddings.shape[1]
         num_new_tokens = max(count_new_tokens(num_tokens, self.base_model, generation) - 1, 0)
         packed = self._pack(prefix, embeddings, attention_mask, num_new_tokens)
         return self.base_model.generate(
-            *ids,
             inputs_embeds=packed.embeddings,
             attention_mask=packed.mask,
             **self._lengths_of_new_tokens(num_tokens, generation),
