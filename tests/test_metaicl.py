@@ -268,3 +268,33 @@ class TestRenamedLabels:
     def test_impossible_fractions_are_refused(self, tasks):
         with pytest.raises(ConfigError, match="at most 1 together"):
             self.rows(tasks, permute_labels=0.7, symbol_labels=0.7)
+
+
+class TestBalancedQueries:
+    @pytest.fixture
+    def tasks(self):
+        outputs = ["common"] * 90 + ["rare"] * 10
+        return {"task": [Example("task", f"text {i}", output, ("common", "rare")) for i, output in enumerate(outputs)]}
+
+    def targets(self, tasks, balance_queries):
+        dataset = FewShotDataset(
+            tasks,
+            num_demonstrations=4,
+            queries_per_demonstrations=4,
+            num_rows=50,
+            seed=3,
+            balance_queries=balance_queries,
+        )
+        rows = [dataset[index] for index in range(len(dataset))]
+        for row in rows:
+            shown = [item["input"] for item in row["demonstrations"]]
+            assert len({*shown, *row["query"]}) == 8
+        return Counter(target for row in rows for target in row["target"])
+
+    def test_every_answer_is_equally_likely(self, tasks):
+        assert 0.4 < self.targets(tasks, True)["rare"] / 200 < 0.6
+        assert self.targets(tasks, False)["rare"] / 200 < 0.2
+
+    def test_an_answer_that_runs_out_is_drawn_no_more(self):
+        examples = [Example("task", f"text {i}", "rare" if i == 0 else "common") for i in range(8)]
+        assert sum(self.targets({"task": examples}, True).values()) == 200

@@ -99,6 +99,9 @@ def finetune(
     max_demonstration_tokens: Annotated[
         int | None, typer.Option(help="Cut demonstrations of training rows to this; the saved config keeps its own.")
     ] = None,
+    balance_queries: Annotated[
+        bool, typer.Option("--balance-queries", help="Draw queries with every answer equally likely.")
+    ] = False,
     permute_labels: Annotated[
         float, typer.Option(help="Fraction of rows whose labels trade places.", min=0.0, max=1.0)
     ] = 0.0,
@@ -143,6 +146,7 @@ def finetune(
         train_tasks,
         num_rows=num_rows,
         seed=seed,
+        balance_queries=balance_queries,
         permute_labels=permute_labels,
         symbol_labels=symbol_labels,
         **shape,

@@ -137,6 +137,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         queries_per_demonstrations: If more than 1, `query` and `target` are lists, and `options` is a list of lists.
         num_rows: Length of the data set.
         seed: Fixes the rows.
+        balance_queries: Let every answer of the task be as likely a query's target as every other, as macro-F1 counts
+            them; what is frequent in the task is then no better a guess than what is rare.
         permute_labels: Fraction of rows in which the labels trade places, the same way in the whole row, so that only
             the demonstrations say what a label stands for. Rows of free-form tasks, and of tasks whose examples have
             options of their own, stay as they are.
@@ -156,6 +158,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         queries_per_demonstrations: int = 1,
         num_rows: int,
         seed: int,
+        balance_queries: bool = False,
         permute_labels: float = 0.0,
         symbol_labels: float = 0.0,
     ) -> None:
@@ -175,6 +178,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         self.queries_per_demonstrations = queries_per_demonstrations
         self.num_rows = num_rows
         self.seed = seed
+        self.balance_queries = balance_queries
         self.permute_labels = permute_labels
         self.symbol_labels = symbol_labels
         needed = high + queries_per_demonstrations
@@ -209,7 +213,12 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         rng = random.Random(f"{self.seed}:{index}")
         task = rng.choice(list(self.tasks))
         k = rng.randint(*self.num_demonstrations)
-        picked = rng.sample(self.tasks[task], k + self.queries_per_demonstrations)
+        num_queries = self.queries_per_demonstrations
+        if self.balance_queries:
+            shuffled = rng.sample(self.tasks[task], len(self.tasks[task]))
+            picked = shuffled[:k] + _pick_balanced(shuffled[k:], num_queries, rng)
+        else:
+            picked = rng.sample(self.tasks[task], k + num_queries)
         chance = rng.random()
         if chance < self.permute_labels + self.symbol_labels:
             picked = _rename_labels(picked, rng, with_symbols=chance >= self.permute_labels)
@@ -218,12 +227,26 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             "target": [example.output for example in picked[k:]],
             "options": [list(example.options) for example in picked[k:]],
         }
-        single = self.queries_per_demonstrations == 1
+        single = num_queries == 1
         return {
             "task": task,
             "demonstrations": [{"input": example.input, "output": example.output} for example in picked[:k]],
             **{column: values[0] if single else values for column, values in queries.items()},
         }
+
+
+def _pick_balanced(examples: Sequence[Example], num_examples: int, rng: random.Random) -> list[Example]:
+    """Return examples whose outputs are drawn evenly from those that are left."""
+    by_output: dict[str, list[Example]] = {}
+    for example in examples:
+        by_output.setdefault(example.output, []).append(example)
+    picked = []
+    for _ in range(num_examples):
+        output = rng.choice(list(by_output))
+        picked.append(by_output[output].pop())
+        if not by_output[output]:
+            del by_output[output]
+    return picked
 
 
 def _rename_labels(examples: list[Example], rng: random.Random, *, with_symbols: bool) -> list[Example]:

@@ -118,8 +118,8 @@ class PrependedRoute(Route):
         for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "past_key_values"):
             if generation.get(option, getattr(settings, option, None)) is not None:
                 raise UnsupportedModelError(
-                    f"Expected {option} to be None for {name}, whose states behind vectors can neither be taken back nor "
-                    "handed on: leave it out."
+                    f"Expected {option} to be None for {name}, whose states behind vectors can neither be taken back "
+                    "nor handed on: leave it out."
                 )
 
     def _lengths_of_new_tokens(self, num_tokens: int, generation: Mapping[str, Any]) -> dict[str, Any]:
