@@ -76,12 +76,6 @@ def check_base_model(base_model: nn.Module) -> TaskType:
             f"Expected a decoder-only base model, got the encoder-decoder {base_model.config.model_type!r}: this "
             "version cannot put a prefix in front of an encoder yet. Use a causal language model."
         )
-    if any(getattr(module, "is_causal", None) is False for module in base_model.get_decoder().modules()):
-        raise UnsupportedModelError(
-            f"Expected a decoder-only base model, got {type(base_model).__name__}, which reads in both "
-            "directions: what stands in front of a query would change with it, and nothing of it could be kept. Use "
-            "a causal model, with or without a head: AutoModelForCausalLM, AutoModelForSequenceClassification."
-        )
     if base_model.config.model_type in _ENCODERS:
         raise UnsupportedModelError(
             f"Expected a model trained to continue text, got the encoder {base_model.config.model_type!r}, which "
@@ -92,6 +86,12 @@ def check_base_model(base_model: nn.Module) -> TaskType:
         raise UnsupportedModelError(
             f"Expected a base model whose forward pass takes {', '.join(_needed_arguments(base_model))}; "
             f"{type(base_model).__name__} lacks {', '.join(missing)}. Use an attention model with explicit positions."
+        )
+    if any(getattr(module, "is_causal", None) is False for module in base_model.get_decoder().modules()):
+        raise UnsupportedModelError(
+            f"Expected a decoder-only base model, got {type(base_model).__name__}, which reads in both "
+            "directions: what stands in front of a query would change with it, and nothing of it could be kept. Use "
+            "a causal model, with or without a head: AutoModelForCausalLM, AutoModelForSequenceClassification."
         )
     if base_model.can_generate():
         return "CAUSAL_LM"
@@ -124,6 +124,15 @@ def holds_prefix_in_cache(model: PreTrainedModel) -> bool:
     layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     layers = DynamicCache(config=model.config).layers
     return "chunked_attention" not in layer_types and all(type(layer).__name__ in _PLAIN_LAYERS for layer in layers)
+
+
+def reads_static_cache(model: PreTrainedModel) -> bool:
+    """Return whether the model answers rightly from a cache of fixed length, whose end is empty at first.
+
+    transformers keeps a mark of it. GPT-Neo, without it, answers wrongly there; Falcon with ALiBi, with it, fails.
+    """
+    has_alibi = model.config.model_type == "falcon" and model.config.alibi
+    return bool(getattr(model, "_can_compile_fullgraph", False)) and not has_alibi
 
 
 def choose_prefix_form(

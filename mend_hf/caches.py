@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from mend_hf.architectures import get_sliding_window
+from mend_hf.architectures import get_sliding_window, reads_static_cache
 from mend_hf.errors import ConfigError, MissingExtraError, ShapeError
 from mend_hf.prefix import KeyValuePrefix, gather_slots, make_cache, position_inputs, positions_of
 
@@ -195,11 +195,30 @@ def build_cache(
             f"Expected cache_implementation to be dynamic, offloaded, static, offloaded_static or quantized, got "
             f"{kind!r}: choose one of these, or pass an empty cache of your own as past_key_values."
         )
-    return fill_cache(cache, prefix)
+    return fill_cache(cache, prefix, model)
 
 
-def fill_cache(cache: Cache, prefix: KeyValuePrefix) -> Cache:
-    """Write the prefix into an empty cache and return it."""
+def check_static_cache(model: PreTrainedModel) -> None:
+    """Refuse a cache of fixed length for a model that would answer wrongly from it.
+
+    Raises:
+        ConfigError: The model would.
+    """
+    if not reads_static_cache(model):
+        raise ConfigError(
+            f"Expected another cache for {type(model).__name__}, which does not answer rightly from a static one in "
+            "transformers, with or without a prefix: leave it out."
+        )
+
+
+def fill_cache(cache: Cache, prefix: KeyValuePrefix, model: PreTrainedModel) -> Cache:
+    """Write the prefix into an empty cache and return it.
+
+    Raises:
+        ConfigError: The model would answer wrongly from a cache of this kind.
+    """
+    if isinstance(cache, StaticCache):
+        check_static_cache(model)
     for layer_index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         cache.update(keys, values, layer_index)
     return cache

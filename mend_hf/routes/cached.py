@@ -62,7 +62,11 @@ class CachedRoute(Route):
                 )
             return self._forward_turned(key_values, input_ids, attention_mask, kwargs)
         if is_first:
-            cache = make_cache(key_values, self.base_model) if cache is None else fill_cache(cache, key_values)
+            cache = (
+                make_cache(key_values, self.base_model)
+                if cache is None
+                else fill_cache(cache, key_values, self.base_model)
+            )
         inputs = go_on_inputs(key_values, attention_mask, num_read, self.base_model)
         return self.base_model(input_ids=input_ids, past_key_values=cache, **inputs, **kwargs)
 
@@ -137,7 +141,7 @@ class CachedRoute(Route):
         if not is_split:
             rows = repeat_rows(prefix, num_copies)
             if cache is not None:
-                return fill_cache(cache, rows), 0
+                return fill_cache(cache, rows, self.base_model), 0
             cache = build_cache(rows, num_tokens + num_new_tokens, self.base_model, generation)
             if generation.get("cache_implementation") is not None:
                 generation["cache_implementation"] = None  # the cache is there already
