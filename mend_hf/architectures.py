@@ -26,10 +26,7 @@ def check_base_model(base_model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_L
             "Load the base model first and wrap that."
         )
     if base_model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"Expected a decoder-only base model, got the encoder-decoder {base_model.config.model_type!r}: this "
-            "version cannot put a prefix in front of an encoder yet. Use a causal language model."
-        )
+        return _check_encoder_decoder(base_model)
     if not base_model.can_generate():
         raise UnsupportedModelError(
             f"Expected a model with a language-model head, got {type(base_model).__name__}. "
@@ -42,6 +39,25 @@ def check_base_model(base_model: nn.Module) -> Literal["CAUSAL_LM", "SEQ_2_SEQ_L
             f"{type(base_model).__name__} lacks {', '.join(missing)}. Use an attention model with explicit positions."
         )
     return "CAUSAL_LM"
+
+
+def _check_encoder_decoder(base_model: PreTrainedModel) -> Literal["SEQ_2_SEQ_LM"]:
+    """Return the task type of an encoder-decoder whose encoder reads embeddings in place of text.
+
+    Raises:
+        UnsupportedModelError: It has no language-model head, or its encoder reads sound or images.
+    """
+    if not base_model.can_generate():
+        raise UnsupportedModelError(
+            f"Expected a model with a language-model head, got {type(base_model).__name__}. "
+            "Load it through AutoModelForSeq2SeqLM."
+        )
+    if not accepts(base_model, "inputs_embeds") or not accepts(base_model.get_encoder(), "inputs_embeds"):
+        raise UnsupportedModelError(
+            f"Expected an encoder that takes inputs_embeds, in front of which a prefix can stand; "
+            f"{type(base_model).__name__} has none. Use an encoder-decoder that reads text, such as T5 or BART."
+        )
+    return "SEQ_2_SEQ_LM"
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -61,9 +77,22 @@ def get_embedding_width(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[1]
 
 
+def embed_tokens(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Return tokens as the model takes them in `inputs_embeds`.
+
+    Some encoders (Pegasus, Marian, Blenderbot-small) scale what their embedding layer gives, but not `inputs_embeds`.
+    """
+    embeddings = model.get_input_embeddings()(input_ids)
+    if not model.config.is_encoder_decoder:
+        return embeddings
+    return embeddings * getattr(get_backbone(model), "embed_scale", 1.0)
+
+
 def get_max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a learned position table holds; None where positions are computed (rotary, ALiBi)."""
+    """Return how many positions a position table holds; None where positions are computed (rotary, ALiBi, T5)."""
     if model.config.model_type in ("gpt2", "opt", "gpt_bigcode", "codegen", "gptj", "ctrl", "xglm", "biogpt"):
+        return model.config.max_position_embeddings
+    if model.config.model_type in ("bart", "mbart", "pegasus", "plbart", "marian", "blenderbot", "blenderbot-small"):
         return model.config.max_position_embeddings
     return None
 

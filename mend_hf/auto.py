@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mend_hf.config import MendConfig
 from mend_hf.errors import CheckpointError
 from mend_hf.model import MendModel
+
+_CONFIG_ARGUMENTS = {
+    "cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision",
+    "subfolder", "token", "trust_remote_code",
+}  # fmt: skip
 
 
 def get_mend_model(
@@ -29,6 +40,19 @@ def get_mend_model(
     return MendModel(base_model, config, tokenizer)
 
 
+def load_language_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Return a decoder-only or an encoder-decoder language model, as its config says.
+
+    Args:
+        name_or_path: A folder or a Hub id.
+        **kwargs: Passed to `from_pretrained`.
+    """
+    hub = {name: value for name, value in kwargs.items() if name in _CONFIG_ARGUMENTS}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(name_or_path, **kwargs)
+
+
 class AutoMendModel:
     """Loads a distiller together with the base model that its config names."""
 
@@ -46,7 +70,7 @@ class AutoMendModel:
             name_or_path: A folder that `save_pretrained` wrote, or a Hub id.
             hub: `revision`, `token`, `subfolder` ... for the distiller.
             tokenizer: The base model's; None: looked up under the base model's name.
-            **base_model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, ...
+            **base_model_kwargs: Passed to the base model's `from_pretrained`: `dtype`, `device_map`, ...
 
         Raises:
             CheckpointError: The distiller is missing, damaged, or does not name its base model.
@@ -58,5 +82,5 @@ class AutoMendModel:
                 "MendModel.from_pretrained(base_model, ...)."
             )
         base_model_kwargs.setdefault("revision", config.base_model_revision or "main")
-        base_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **base_model_kwargs)
+        base_model = load_language_model(config.base_model_name_or_path, **base_model_kwargs)
         return MendModel.from_pretrained(base_model, name_or_path, tokenizer, config=config, **(hub or {}))

@@ -129,6 +129,22 @@ class MendConfig:
         return cls.from_dict(read_json(fetch_file(name_or_path, CONFIG_NAME, **hub)))
 
 
+def pick_prefix_form(config: MendConfig, task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]) -> Literal["kv", "embeds"]:
+    """Return the prefix form that a config asks for, or the best one for this kind of base model.
+
+    Raises:
+        ConfigError: An encoder, which sees both ways and keeps no cache, is asked to read keys and values.
+    """
+    if task_type == "SEQ_2_SEQ_LM" and config.prefix_form == "kv":
+        raise ConfigError(
+            'Expected prefix_form="embeds" for an encoder-decoder base model, whose encoder sees both ways and reads '
+            'no cache, got "kv": leave prefix_form out, with num_virtual_tokens at 1 or more. What needs keys and '
+            "values, such as anchors without training, works with decoder-only base models."
+        )
+    is_cached = config.is_shared and task_type == "CAUSAL_LM"
+    return config.prefix_form or ("kv" if is_cached else "embeds")
+
+
 def _type_problems(config: MendConfig) -> list[str]:
     """Compare every value with its annotation: a config may come from a JSON file that somebody edited."""
     hints = typing.get_type_hints(MendConfig)

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
+from mend_hf.architectures import accepts, check_length, embed_tokens, get_backbone, get_embedding_width
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import EncodedTask
 from mend_hf.errors import ConfigError
@@ -157,6 +157,11 @@ class DemonstrationDistiller(nn.Module):
     def _backbone(self) -> PreTrainedModel:
         return self.reader if self.reader is not None else get_backbone(self._base[0])
 
+    @property
+    def _adapted(self) -> PreTrainedModel:
+        """The part that gets LoRA matrices: of an encoder-decoder the encoder, for its decoder never distils."""
+        return self._backbone if self._model.config.is_encoder_decoder else self._model
+
     def trained_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what training changes and a saved distiller holds, by name.
 
@@ -183,8 +188,8 @@ class DemonstrationDistiller(nn.Module):
         for name, layer in self._adapter_layers():
             parent, _, child = name.rpartition(".")
             setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
-        if self.config.lora_r and hasattr(self._model, "peft_config"):
-            del self._model.peft_config
+        if self.config.lora_r and hasattr(self._adapted, "peft_config"):
+            del self._adapted.peft_config
 
     def adapter_layers(self) -> list[BaseTunerLayer]:
         """Return the layers that carry this distiller's LoRA matrices."""
@@ -204,7 +209,7 @@ class DemonstrationDistiller(nn.Module):
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
-            inject_adapter_in_model(_lora_config(self.config), self._model, adapter_name=ADAPTER_NAME)
+            inject_adapter_in_model(_lora_config(self.config), self._adapted, adapter_name=ADAPTER_NAME)
         if self.config.is_shared:
             self._switch_adapter(enabled=False)
 
@@ -252,7 +257,7 @@ class DemonstrationDistiller(nn.Module):
     def _distil_chunks(self, batch: DemonstrationBatch, past: Prefix | None) -> Prefix:
         """Distil every chunk as a row of its own, going on from the prefix of what was read before."""
         num_chunks, num_vectors = batch.input_ids.shape[0], self.config.num_virtual_tokens
-        embeddings = self._model.get_input_embeddings()(batch.input_ids)
+        embeddings = embed_tokens(self._model, batch.input_ids)
         embeddings = torch.cat([embeddings, self.placeholders.to(embeddings.dtype).expand(num_chunks, -1, -1)], dim=1)
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(num_chunks, num_vectors)], dim=1)
         if self.config.prefix_form == "embeds":
@@ -267,15 +272,27 @@ class DemonstrationDistiller(nn.Module):
             embeddings = torch.cat([past.vectors.to(embeddings.dtype), embeddings], dim=1)
             mask = torch.cat([past.mask.to(mask.dtype), mask], dim=1)
         check_length(self._model, mask.sum(1))
-        positions = {"position_ids": positions_of(mask)} if accepts(self._backbone, "position_ids") else {}
-        output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, **positions)
-        hidden = output.last_hidden_state[:, -self.config.num_virtual_tokens :]  # [N, V, R]
+        hidden = self._read_states(embeddings, mask)[:, -self.config.num_virtual_tokens :]  # [N, V, R]
         update = self.projection(self.norm(hidden.to(self.projection.weight.dtype)))
         if self.config.projection == "tanh":
             update = update.tanh()
         vectors = self.base_vectors + update  # [N, V, E]
         new = EmbeddingPrefix(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
         return new if past is None else _append(past, new)
+
+    def _read_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden states (N, D + V, R) of what is read.
+
+        A reader that is told no positions may count places (BART's encoder), so padding moves behind what it reads.
+        """
+        if accepts(self._backbone, "position_ids"):
+            positions = positions_of(mask)
+            output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions)
+            return output.last_hidden_state
+        order = torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
+        embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
+        states = self._backbone(inputs_embeds=embeddings, attention_mask=mask.gather(1, order)).last_hidden_state
+        return states.gather(1, order.argsort(1)[..., None].expand_as(states))
 
     def _read_keys_and_values(
         self, embeddings: Tensor, mask: Tensor, keep: Tensor, text_mask: Tensor, past: KeyValuePrefix | None
@@ -345,9 +362,9 @@ def _lora_config(config: MendConfig) -> LoraConfig:
 
 
 def _initial_rows(model: PreTrainedModel, num_rows: int, prompt_ids: list[int] | None) -> Tensor:
-    """Return what V placeholders start as, (V, width), in the scale of the model's embedding layer."""
-    embedding = model.get_input_embeddings()
-    num_tokens = embedding.weight.shape[0]
+    """Return what V placeholders start as, (V, width), in the scale of the model's input embeddings."""
+    weight = model.get_input_embeddings().weight
+    num_tokens = weight.shape[0]
     if num_rows > num_tokens:
         raise ConfigError(
             f"Expected num_virtual_tokens up to the vocabulary size {num_tokens}, got {num_rows}: use fewer."
@@ -357,4 +374,4 @@ def _initial_rows(model: PreTrainedModel, num_rows: int, prompt_ids: list[int] |
     else:
         ids = torch.randperm(num_tokens)[:num_rows]
     with torch.no_grad():
-        return embedding(ids.to(embedding.weight.device)).float().clone()
+        return embed_tokens(model, ids.to(weight.device)).float().clone()

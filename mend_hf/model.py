@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, PushToHubMixin
 
 from mend_hf.architectures import check_base_model
 from mend_hf.artifact import DistilledDemonstrations, describe_origin
-from mend_hf.config import MendConfig
+from mend_hf.config import MendConfig, pick_prefix_form
 from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
 from mend_hf.distiller import DemonstrationBatch, DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError, DataError
@@ -38,7 +38,7 @@ class MendModel(PushToHubMixin, nn.Module):
     does not have itself are the base model's.
 
     Args:
-        base_model: Decoder-only language model; its weights are never changed.
+        base_model: Decoder-only or encoder-decoder language model; its weights are never changed.
         config: Of the distiller.
         tokenizer: The base model's; None: looked up under the base model's name.
     """
@@ -59,7 +59,7 @@ class MendModel(PushToHubMixin, nn.Module):
             task_type=task_type,
             base_model_name_or_path=config.base_model_name_or_path or base_model.name_or_path or None,
             base_model_fingerprint=fingerprint,
-            prefix_form=config.prefix_form or ("kv" if config.is_shared else "embeds"),
+            prefix_form=pick_prefix_form(config, task_type),
             placeholder_initialization=config.placeholder_initialization or ("prompt" if tokenizer else "vocabulary"),
         )
         self._before = (base_model.training, [(p, p.requires_grad) for p in base_model.parameters()])
@@ -169,7 +169,7 @@ class MendModel(PushToHubMixin, nn.Module):
         Args:
             input_ids (B, T): The query's tokens alone.
             attention_mask (B, T): Of the query alone; padding may stand on either side.
-            labels (B, T): As in the base model; -100 is ignored.
+            labels (B, T): As in the base model (an encoder-decoder's are the decoder's); -100 is ignored.
             demonstrations: Raw or distilled; one task for all rows or one a row. Gradients flow into raw ones.
             demo_input_ids (N, D): With the other `demo_` columns of `MendCollator`, in place of `demonstrations`.
             demo_attention_mask (N, D): 1 where there is a token.
@@ -179,7 +179,8 @@ class MendModel(PushToHubMixin, nn.Module):
             **kwargs: Passed to the base model.
 
         Returns:
-            What the base model returns, with logits for the T query positions only.
+            What the base model returns, with logits for the T query positions only; an encoder-decoder's logits are
+            its decoder's, and it needs `labels` or `decoder_input_ids`.
         """
         if demo_input_ids is None:
             prefix = self._resolve(demonstrations)
@@ -239,12 +240,13 @@ class MendModel(PushToHubMixin, nn.Module):
         pad = {"pad_token_id": self.prompt.pad_token_id}
         settings = {"do_sample": False, "max_new_tokens": 32} | pad | generation
         ids = self.generate(**encoding, demonstrations=demonstrations, **settings)
-        texts = self.prompt.tokenizer.batch_decode(ids[:, encoding["input_ids"].shape[1] :], skip_special_tokens=True)
+        start = 0 if self.prompt.is_encoder_decoder else encoding["input_ids"].shape[1]
+        texts = self.prompt.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         separator = self.mend_config.demonstration_separator
         return [(text.split(separator)[0] if separator else text).strip() for text in texts]
 
     def tokenize(self, queries: str | Sequence[str]) -> BatchEncoding:
-        """Put queries into the prompt format and return their ids (B, T) and mask, padded on the left."""
+        """Put queries into the prompt format and return their padded ids (B, T) and mask."""
         return self.prompt.encode_queries([queries] if isinstance(queries, str) else queries).to(self.device)
 
     def print_trainable_parameters(self) -> None:

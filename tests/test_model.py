@@ -8,8 +8,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from mend_hf import (
@@ -192,10 +190,6 @@ def test_a_query_of_no_tokens_is_refused(model):
     ("build", "remedy"),
     [
         (lambda: torch.nn.Linear(2, 2), "Load the base model first"),
-        (
-            lambda: T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=2)),
-            "Use a causal language model",
-        ),
         (
             lambda: AutoModelForSequenceClassification.from_config(
                 LlamaConfig(

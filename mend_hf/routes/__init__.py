@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from mend_hf.routes.base import Route
 from mend_hf.routes.cached import CachedRoute
+from mend_hf.routes.encoder import EncoderRoute
 
 
 def get_route(base_model: PreTrainedModel) -> Route:
@@ -14,4 +15,6 @@ def get_route(base_model: PreTrainedModel) -> Route:
     Args:
         base_model: One that `architectures.check_base_model` accepts.
     """
+    if base_model.config.is_encoder_decoder:
+        return EncoderRoute(base_model)
     return CachedRoute(base_model)
