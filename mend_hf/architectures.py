@@ -18,6 +18,8 @@ from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
 
 # Models that look positions up in a table, learned or computed once, and fail behind its end.
 _POSITION_TABLES = frozenset({"biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt", "xglm"})
+# The same of encoder-decoders, whose encoders count places and not tokens.
+_ENCODER_TABLES = frozenset({"bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"})
 # ALiBi without position_ids: the first counts what the attention mask keeps, the second every slot of the cache.
 _POSITIONS_FROM_MASK = frozenset({"bloom"})
 _POSITIONS_FROM_SLOTS = frozenset({"mpt"})
@@ -72,10 +74,7 @@ def check_base_model(base_model: nn.Module) -> TaskType:
             "Load the base model first and wrap that."
         )
     if base_model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"Expected a decoder-only base model, got the encoder-decoder {base_model.config.model_type!r}: this "
-            "version cannot put a prefix in front of an encoder yet. Use a causal language model."
-        )
+        return _check_encoder_decoder(base_model)
     if base_model.config.model_type in _ENCODERS:
         raise UnsupportedModelError(
             f"Expected a model trained to continue text, got the encoder {base_model.config.model_type!r}, which "
@@ -146,8 +145,17 @@ def choose_prefix_form(
         is_shared: Whether the base model itself distils.
 
     Raises:
-        ConfigError: The base model's cache cannot hold keys and values as a prefix.
+        ConfigError: The base model's cache cannot hold keys and values as a prefix, or an encoder, which sees both
+            ways and keeps no cache, is asked to read them.
     """
+    if model.config.is_encoder_decoder:
+        if prefix_form == "kv":
+            raise ConfigError(
+                'Expected prefix_form="embeds" for an encoder-decoder base model, whose encoder sees both ways and '
+                'reads no cache, got "kv": leave prefix_form out, with num_virtual_tokens at 1 or more. What needs '
+                "keys and values, such as anchors without training, works with decoder-only base models."
+            )
+        return "embeds"
     has_slots = holds_prefix_in_cache(model)
     if prefix_form == "kv" and not has_slots:
         raise ConfigError(
@@ -171,6 +179,25 @@ def check_gradients(base_model: PreTrainedModel) -> None:
             "Expected a base model with gradients to train a distiller through, got 4-bit weights on a CPU, where "
             "bitsandbytes computes none: load it in 8 bits or with torchao, or train on a GPU."
         )
+
+
+def _check_encoder_decoder(base_model: PreTrainedModel) -> Literal["SEQ_2_SEQ_LM"]:
+    """Return the task type of an encoder-decoder whose encoder reads embeddings in place of text.
+
+    Raises:
+        UnsupportedModelError: It has no language-model head, or its encoder reads sound or images.
+    """
+    if not base_model.can_generate():
+        raise UnsupportedModelError(
+            f"Expected a model with a language-model head, got {type(base_model).__name__}. "
+            "Load it through AutoModelForSeq2SeqLM."
+        )
+    if not accepts(base_model, "inputs_embeds") or not accepts(base_model.get_encoder(), "inputs_embeds"):
+        raise UnsupportedModelError(
+            f"Expected an encoder that takes inputs_embeds, in front of which a prefix can stand; "
+            f"{type(base_model).__name__} has none. Use an encoder-decoder that reads text, such as T5 or BART."
+        )
+    return "SEQ_2_SEQ_LM"
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -214,9 +241,20 @@ def get_unadaptable_modules(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def embed_tokens(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Return tokens as the model takes them in `inputs_embeds`.
+
+    Some encoders (Pegasus, Marian, Blenderbot-small) scale what their embedding layer gives, but not `inputs_embeds`.
+    """
+    embeddings = model.get_input_embeddings()(input_ids)
+    if not model.config.is_encoder_decoder:
+        return embeddings
+    return embeddings * getattr(get_backbone(model), "embed_scale", 1.0)
+
+
 def get_max_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a table of them holds; None where they are computed anew (rotary, ALiBi)."""
-    if model.config.model_type in _POSITION_TABLES:
+    """Return how many positions a table of them holds; None where they are computed anew (rotary, ALiBi, T5)."""
+    if model.config.model_type in _POSITION_TABLES | _ENCODER_TABLES:
         return model.config.max_position_embeddings
     return model.config.max_seq_len if model.config.model_type in _POSITIONS_FROM_SLOTS else None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -29,6 +30,10 @@ AUTO_CLASSES: dict[TaskType, Any] = {
     "TOKEN_CLS": AutoModelForTokenClassification,
     "QUESTION_ANS": AutoModelForQuestionAnswering,
 }
+_CONFIG_ARGUMENTS = {
+    "cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision",
+    "subfolder", "token", "trust_remote_code",
+}  # fmt: skip
 
 
 def get_mend_model(
@@ -46,6 +51,19 @@ def get_mend_model(
         CheckpointError: `config` was made for another base model.
     """
     return MendModel(base_model, config, tokenizer)
+
+
+def load_language_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Return a decoder-only or an encoder-decoder language model, as its config says.
+
+    Args:
+        name_or_path: A folder or a Hub id.
+        **kwargs: Passed to `from_pretrained`.
+    """
+    hub = {name: value for name, value in kwargs.items() if name in _CONFIG_ARGUMENTS}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(name_or_path, **kwargs)
 
 
 class AutoMendModel:
@@ -77,6 +95,6 @@ class AutoMendModel:
                 "MendModel.from_pretrained(base_model, ...)."
             )
         base_model_kwargs.setdefault("revision", config.base_model_revision or "main")
-        auto_class = AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
-        base_model = auto_class.from_pretrained(config.base_model_name_or_path, **base_model_kwargs)
+        load = AUTO_CLASSES[config.task_type].from_pretrained if config.task_type else load_language_model
+        base_model = load(config.base_model_name_or_path, **base_model_kwargs)
         return MendModel.from_pretrained(base_model, name_or_path, tokenizer, config=config, **(hub or {}))

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -164,6 +165,11 @@ class PromptEncoder:
     Inputs, outputs and separators are tokenised apart, so the ids of a piece never depend on its neighbours: dropping
     a demonstration drops exactly its ids, and an answer's ids are the same wherever it stands.
 
+    For an encoder-decoder, a query ends for the encoder with what its tokenizer puts behind a text (`</s>`; of mBART
+    also the language): it was trained on texts that all ended so. Demonstrations, a part of the text in front of the
+    query, have no such end. A target is what the decoder learns to write: with all that the tokenizer puts around a
+    target, and in any case the end-of-text id, behind which `generate` stops.
+
     Args:
         tokenizer: Of the model that reads.
         config: Prompt format and budgets.
@@ -180,31 +186,68 @@ class PromptEncoder:
             )
         self.tokenizer = tokenizer
         self.config = config
+        self.is_encoder_decoder = config.task_type == "SEQ_2_SEQ_LM"
         self._separator_ids = self._ids(config.demonstration_separator)
         self._ends_sentence: dict[int, bool] = {}
 
     def encode_query(self, query: str) -> list[int]:
         """Return the ids of a query up to where its answer begins; a long one is cut like a demonstration."""
         head, tail = self._input_ids(query)
-        return head[: max(self.config.max_demonstration_tokens - len(tail), 0)] + tail
+        return head[: max(self.config.max_demonstration_tokens - len(tail), 0)] + tail + self.query_end_ids
 
     def encode_queries(self, queries: Sequence[str]) -> BatchEncoding:
-        """Return the ids (B, T) and the mask of several queries, padded on the left."""
+        """Return the ids (B, T) and the mask of several queries, padded on the left; for an encoder on the right."""
         rows = [self.encode_query(query) for query in queries]
-        length = max(len(row) for row in rows)
-        padding = [length - len(row) for row in rows]
         return BatchEncoding(
             {
-                "input_ids": torch.tensor(
-                    [[self.pad_token_id] * num + row for num, row in zip(padding, rows, strict=True)]
-                ),
-                "attention_mask": torch.tensor([[0] * num + [1] * (length - num) for num in padding]),
+                "input_ids": self.pad(rows, self.pad_token_id),
+                "attention_mask": self.pad([[1] * len(row) for row in rows], 0),
             }
         )
+
+    def pad(self, rows: Sequence[list[int]], value: int) -> torch.Tensor:
+        """Return rows as (B, T), padded on the left, behind which an answer follows; for an encoder on the right.
+
+        Args:
+            rows: B lists.
+            value: What fills a row.
+        """
+        length = max(len(row) for row in rows)
+        padding = [[value] * (length - len(row)) for row in rows]
+        sides = [(row, pad) if self.is_encoder_decoder else (pad, row) for row, pad in zip(rows, padding, strict=True)]
+        return torch.tensor([left + right for left, right in sides], dtype=torch.long)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Return the ids of an answer as it stands in a demonstration, without the separator."""
         return self._ids(self.config.answer_prefix + answer)
+
+    @cached_property
+    def query_end_ids(self) -> list[int]:
+        """The ids behind every query of an encoder-decoder; none where the tokenizer puts none there."""
+        return self._ids_around(is_target=False)[1] if self.is_encoder_decoder else []
+
+    @cached_property
+    def target_frame(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind every target of an encoder-decoder.
+
+        Raises:
+            ConfigError: The tokenizer has no end-of-text id.
+        """
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError(
+                "Expected a tokenizer with an end-of-text token, at which an encoder-decoder's answer ends, got none: "
+                "set tokenizer.eos_token."
+            )
+        before, behind = self._ids_around(is_target=True)
+        return before, behind if end in behind else [*behind, end]
+
+    def _ids_around(self, *, is_target: bool) -> tuple[list[int], list[int]]:
+        """Return the special ids that the tokenizer puts before and behind a text."""
+        name = "text_target" if is_target else "text"
+        whole, bare = (self.tokenizer(**{name: "a"}, add_special_tokens=add).input_ids for add in (True, False))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text, without special tokens."""

@@ -19,8 +19,10 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_on, switch_by_thread
 from mend_hf.architectures import (
+    accepts,
     check_length,
     check_padding,
+    embed_tokens,
     get_backbone,
     get_embedding_width,
     get_max_positions,
@@ -98,6 +100,11 @@ class DemonstrationDistiller(nn.Module):
     def _backbone(self) -> PreTrainedModel:
         return self.reader if self.reader is not None else get_backbone(self._base[0])
 
+    @property
+    def _adapted(self) -> PreTrainedModel:
+        """The part that gets LoRA matrices: of an encoder-decoder the encoder, for its decoder never distils."""
+        return self._backbone if self._model.config.is_encoder_decoder else self._model
+
     def trained_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what training changes and a saved distiller holds, by name.
 
@@ -124,8 +131,8 @@ class DemonstrationDistiller(nn.Module):
         for name, layer in self._adapter_layers():
             parent, _, child = name.rpartition(".")
             setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
-        if self.config.lora_r and hasattr(self._model, "peft_config"):
-            del self._model.peft_config
+        if self.config.lora_r and hasattr(self._adapted, "peft_config"):
+            del self._adapted.peft_config
 
     def adapter_layers(self) -> list[BaseTunerLayer]:
         """Return the layers that carry this distiller's LoRA matrices."""
@@ -145,7 +152,7 @@ class DemonstrationDistiller(nn.Module):
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
-            inject_adapter_in_model(_lora_config(self.config, self._model), self._model, adapter_name=ADAPTER_NAME)
+            inject_adapter_in_model(_lora_config(self.config, self._model), self._adapted, adapter_name=ADAPTER_NAME)
         if self.config.is_shared:
             for layer in self.adapter_layers():
                 switch_by_thread(layer)
@@ -209,7 +216,7 @@ class DemonstrationDistiller(nn.Module):
     def _distil_chunks(self, batch: DemonstrationBatch, past: Prefix | None) -> Prefix:
         """Distil every chunk as a row of its own, going on from the prefix of what was read before."""
         num_chunks, num_vectors = batch.input_ids.shape[0], self.config.num_virtual_tokens
-        embeddings = self._model.get_input_embeddings()(batch.input_ids)
+        embeddings = embed_tokens(self._model, batch.input_ids)
         embeddings = torch.cat([embeddings, self.placeholders.to(embeddings.dtype).expand(num_chunks, -1, -1)], dim=1)
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(num_chunks, num_vectors)], dim=1)
         if self.config.prefix_form == "embeds":
@@ -225,15 +232,27 @@ class DemonstrationDistiller(nn.Module):
             mask = torch.cat([past.mask.to(mask.dtype), mask], dim=1)
         check_length(self._model, mask.sum(1))
         check_padding(self._model, mask)
-        positions = position_inputs(self._backbone, positions_of(mask))
-        output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, **positions)
-        hidden = output.last_hidden_state[:, -self.config.num_virtual_tokens :]  # [N, V, R]
+        hidden = self._read_states(embeddings, mask)[:, -self.config.num_virtual_tokens :]  # [N, V, R]
         update = self.projection(self.norm(hidden.to(self.projection.weight.dtype)))
         if self.config.projection == "tanh":
             update = update.tanh()
         vectors = self.base_vectors + update  # [N, V, E]
         new = EmbeddingPrefix(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
         return new if past is None else _append(past, new)
+
+    def _read_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden states (N, D + V, R) of what is read.
+
+        A reader that is told no positions may count places (BART's encoder), so padding moves behind what it reads.
+        """
+        if accepts(self._backbone, "position_ids"):
+            positions = positions_of(mask)
+            output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions)
+            return output.last_hidden_state
+        order = torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
+        embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
+        states = self._backbone(inputs_embeds=embeddings, attention_mask=mask.gather(1, order)).last_hidden_state
+        return states.gather(1, order.argsort(1)[..., None].expand_as(states))
 
     def _read_keys_and_values(
         self, embeddings: Tensor, mask: Tensor, labels: Tensor, text_mask: Tensor, past: KeyValuePrefix | None
@@ -309,9 +328,9 @@ def _lora_config(config: MendConfig, model: PreTrainedModel) -> LoraConfig:
 
 
 def _initial_rows(model: PreTrainedModel, num_rows: int, prompt_ids: list[int] | None) -> Tensor:
-    """Return what V placeholders start as, (V, width), in the scale of the model's embedding layer."""
-    embedding = model.get_input_embeddings()
-    num_tokens = embedding.weight.shape[0]
+    """Return what V placeholders start as, (V, width), in the scale of the model's input embeddings."""
+    weight = model.get_input_embeddings().weight
+    num_tokens = weight.shape[0]
     if num_rows > num_tokens:
         raise ConfigError(
             f"Expected num_virtual_tokens up to the vocabulary size {num_tokens}, got {num_rows}: use fewer."
@@ -321,4 +340,4 @@ def _initial_rows(model: PreTrainedModel, num_rows: int, prompt_ids: list[int] |
     else:
         ids = torch.randperm(num_tokens)[:num_rows]
     with torch.no_grad():
-        return embedding(ids.to(embedding.weight.device)).float().clone()
+        return embed_tokens(model, ids.to(weight.device)).float().clone()

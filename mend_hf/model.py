@@ -5,101 +5,54 @@ Shapes: B rows, T query tokens, S prefix slots, D demonstration tokens, N chunks
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, PushToHubMixin
+from transformers.utils import ModelOutput
 
 from mend_hf.architectures import (
-    check_base_model,
     check_generates,
-    check_gradients,
     check_pooling,
-    choose_prefix_form,
-    keep_output_contiguous,
 )
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
 from mend_hf.demonstration_batch import DemonstrationBatch
-from mend_hf.demonstrations import EncodedTask, PromptEncoder, find_tokenizer, parse_demonstrations
-from mend_hf.distiller import DemonstrationDistiller, load_reader
-from mend_hf.errors import CheckpointError, DataError
-from mend_hf.fingerprint import check_fingerprint, get_fingerprint
-from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
+from mend_hf.demonstrations import EncodedTask, PromptEncoder, parse_demonstrations
+from mend_hf.errors import DataError
+from mend_hf.fingerprint import check_fingerprint
 from mend_hf.prefix import KeyValuePrefix, Prefix
 from mend_hf.provenance import describe_origin
 from mend_hf.routes import get_route
 from mend_hf.routes.base import match_rows
+from mend_hf.wrapper import WrappedModel
 
 
-class MendModel(PushToHubMixin, nn.Module):
+class MendModel(WrappedModel):
     """A frozen base model that answers from distilled demonstrations.
 
     Without demonstrations, and under `disable_adapter()`, it is the bare base model, bit for bit. Attributes that it
     does not have itself are the base model's.
 
     Args:
-        base_model: Decoder-only model with a head for language or classes, or none; its weights are never changed.
+        base_model: Decoder-only model with a head for language or classes, or none, or an encoder-decoder language
+            model; its weights are never changed.
         config: Of the distiller.
         tokenizer: The base model's; None: looked up under the base model's name.
     """
 
-    # The Trainer asks before it trains: what is trained, the distiller, never is, whatever the base model's storage.
-    is_quantized = False
-
     def __init__(
         self, base_model: PreTrainedModel, config: MendConfig, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        super().__init__()
-        task_type = check_base_model(base_model)
-        tokenizer = tokenizer or find_tokenizer(base_model.name_or_path, config.base_model_revision)
-        fingerprint = get_fingerprint(base_model, tokenizer)
-        check_fingerprint(config.base_model_fingerprint, fingerprint, "The distiller")
-        self.mend_config = dataclasses.replace(
-            config,
-            task_type=task_type,
-            base_model_name_or_path=config.base_model_name_or_path or base_model.name_or_path or None,
-            base_model_fingerprint=fingerprint,
-            prefix_form=choose_prefix_form(base_model, config.prefix_form, is_shared=config.is_shared),
-            placeholder_initialization=config.placeholder_initialization or ("prompt" if tokenizer else "vocabulary"),
-        )
-        self._before = (base_model.training, [(p, p.requires_grad) for p in base_model.parameters()])
-        reader, self.distiller_tokenizer = None, tokenizer
-        if not config.is_shared:
-            reader = load_reader(config).to(base_model.device)
-            self.distiller_tokenizer = find_tokenizer(config.distiller_name_or_path, config.distiller_revision)
-        self.tokenizer = tokenizer
-        prompts: tuple[list[int] | None, list[int] | None] = (None, None)
-        if self.mend_config.placeholder_initialization == "prompt":
-            prompts = (self.prompt.empty_prompt_ids, self.distiller_prompt.empty_prompt_ids)
-        self.distiller = DemonstrationDistiller(self.mend_config, base_model, reader, *prompts)
-        for parameter, _ in self._before[1]:  # only now: an error above leaves the base model as it was
-            parameter.requires_grad_(False)
-        self.base_model = base_model.eval()
-        self._let_output_be = keep_output_contiguous(base_model)
+        super().__init__(base_model, config, tokenizer)
         self.route = get_route(base_model)
-        self._source: str | None = None
         self._binding = Binding()
         self._prepared: MutableMapping[DistilledDemonstrations, Prefix] = weakref.WeakKeyDictionary()
-
-    @property
-    def prompt(self) -> PromptEncoder:
-        """Turns text into the base model's token ids; a ConfigError where no tokenizer is known."""
-        return PromptEncoder(self.tokenizer, self.mend_config)
-
-    @property
-    def distiller_prompt(self) -> PromptEncoder:
-        """Turns text into the distiller's token ids; of a shared distiller the same as `prompt`."""
-        return PromptEncoder(self.distiller_tokenizer, self.mend_config)
 
     @torch.no_grad()
     def distill(self, demonstrations: Any, *, batch_size: int | None = None) -> DistilledDemonstrations:
@@ -185,7 +138,7 @@ class MendModel(PushToHubMixin, nn.Module):
             input_ids (B, T): The query's tokens alone.
             attention_mask (B, T): Of the query alone; padding may stand on either side. With `past_key_values` of an
                 earlier call, which hold the prefix, of all the user's tokens so far.
-            labels (B, T): As in the base model; -100 is ignored.
+            labels (B, T): As in the base model (an encoder-decoder's are the decoder's); -100 is ignored.
             demonstrations: Raw or distilled; one task for all rows or one a row. Gradients flow into raw ones.
             demo_input_ids (N, D): With the other `demo_` columns of `MendCollator`, in place of `demonstrations`.
             demo_attention_mask (N, D): 1 where there is a token.
@@ -195,7 +148,8 @@ class MendModel(PushToHubMixin, nn.Module):
             **kwargs: Passed to the base model.
 
         Returns:
-            What the base model returns, with logits for the T query positions only.
+            What the base model returns, with logits for the T query positions only; an encoder-decoder's logits are
+            its decoder's, and it needs `labels` or `decoder_input_ids`.
         """
         if demo_input_ids is None:
             prefix = self._resolve(demonstrations)
@@ -266,118 +220,14 @@ class MendModel(PushToHubMixin, nn.Module):
         pad = {"pad_token_id": self.prompt.pad_token_id}
         settings = {"do_sample": False, "max_new_tokens": 32} | pad | generation
         ids = self.generate(**encoding, demonstrations=demonstrations, **settings)
-        texts = self.prompt.tokenizer.batch_decode(ids[:, encoding["input_ids"].shape[1] :], skip_special_tokens=True)
+        start = 0 if self.prompt.is_encoder_decoder else encoding["input_ids"].shape[1]
+        texts = self.prompt.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         separator = self.mend_config.demonstration_separator
         return [(text.split(separator)[0] if separator else text).strip() for text in texts]
 
     def tokenize(self, queries: str | Sequence[str]) -> BatchEncoding:
-        """Put queries into the prompt format and return their ids (B, T) and mask, padded on the left."""
+        """Put queries into the prompt format and return their padded ids (B, T) and mask."""
         return self.prompt.encode_queries([queries] if isinstance(queries, str) else queries).to(self.device)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters the distiller trains, in PEFT's words."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.parameters())
-        share = 100 * trainable / total
-        sys.stdout.write(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}\n")
-
-    def train(self, mode: bool = True) -> MendModel:
-        """Set the distiller to training mode; the base model stays in evaluation mode, without dropout.
-
-        Raises:
-            UnsupportedModelError: No gradients pass through the base model's quantised weights.
-        """
-        if mode:
-            check_gradients(self.base_model)
-        super().train(mode)
-        self.base_model.eval()
-        for layer in self.distiller.adapter_layers():
-            layer.lora_dropout.train(mode)
-        return self
-
-    def unload(self) -> PreTrainedModel:
-        """Return the base model as it was before it was wrapped; this model is of no use afterwards."""
-        self.distiller.remove_adapter()
-        self._let_output_be()
-        for parameter, required_grad in self._before[1]:
-            parameter.requires_grad_(required_grad)
-        return self.base_model.train(self._before[0])
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **push_to_hub: Any
-    ) -> None:
-        """Write the distiller into a folder: config, trained tensors and a card; never base weights.
-
-        Args:
-            save_directory: Made if need be, a CheckpointError if it is a file; all files are written or none.
-            dtype: Store the tensors in this type, e.g. `torch.bfloat16` to halve them; None: as they are.
-            **push_to_hub: Accepted for `push_to_hub`, which saves through this method.
-        """
-        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.distiller.trained_tensors()}
-        save_distiller(save_directory, self.mend_config, tensors)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        base_model: PreTrainedModel,
-        name_or_path: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        config: MendConfig | None = None,
-        **hub: Any,
-    ) -> MendModel:
-        """Wrap a base model with a saved distiller.
-
-        Args:
-            base_model: The model that the distiller was trained for, or a fine-tune of it.
-            name_or_path: A folder that `save_pretrained` wrote, or a Hub id.
-            tokenizer: The base model's; None: looked up under the base model's name.
-            config: In place of the saved one, e.g. with other budgets.
-            **hub: `revision`, `token`, `cache_dir`, `subfolder` ... as in transformers.
-
-        Raises:
-            CheckpointError: Files are missing or damaged, or belong to another base model.
-        """
-        saved = MendConfig.from_pretrained(name_or_path, **hub)
-        config = dataclasses.replace(config or saved, base_model_fingerprint=saved.base_model_fingerprint)
-        model = cls(base_model, config, tokenizer)
-        try:
-            model.load_distiller(name_or_path, **hub)
-        except CheckpointError:
-            model.unload()
-            raise
-        return model.eval()
-
-    def load_distiller(self, name_or_path: str | Path, **hub: Any) -> None:
-        """Replace the distiller's tensors by saved ones of the same shapes."""
-        self.load_state_dict(load_distiller_tensors(name_or_path, **hub))
-        self._source = str(name_or_path)
-
-    def state_dict(  # type: ignore[override]
-        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """Return the distiller's trained tensors, also as a part of another module: the base model is never saved."""
-        destination = {} if destination is None else destination
-        for name, parameter in self.distiller.trained_tensors():
-            destination[prefix + name] = parameter if keep_vars else parameter.detach()
-        return destination
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load the distiller's trained tensors; names and shapes are checked in any case."""
-        trained = dict(self.distiller.trained_tensors())
-        check_tensor_names(trained, dict(state_dict), "the given state")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(state_dict[name])
-        return nn.modules.module._IncompatibleKeys([], [])
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
 
     def _resolve(self, demonstrations: Any | None) -> Prefix | None:
         """Return the prefix to answer from: the argument's, else what is bound, else none."""

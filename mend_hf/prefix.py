@@ -211,6 +211,21 @@ def pack_right(keep: Tensor) -> tuple[Tensor, Tensor]:
     return index, keep.gather(1, index)
 
 
+def pack_left(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the positions that count stand in every row, in order and left-aligned.
+
+    Args:
+        mask (B, N): 1 where a position counts.
+
+    Returns:
+        Indices (B, P) into N, P being the largest number that count in a row, and a mask (B, P) of the same type that
+        is 0 where a row has fewer.
+    """
+    num_positions = int((mask != 0).sum(1).max())
+    index = torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)[:, :num_positions]
+    return index, mask.gather(1, index)
+
+
 def gather_slots(states: Tensor, index: Tensor) -> Tensor:
     """Pick positions of keys or values.
 

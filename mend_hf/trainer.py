@@ -1,6 +1,6 @@
 """MendTrainer: the transformers Trainer with a teacher.
 
-Shapes: R tasks, B queries, T query tokens, W vocabulary.
+Shapes: R tasks, B queries, P predicted tokens, W vocabulary.
 """
 
 from __future__ import annotations
@@ -97,12 +97,11 @@ class MendTrainer(Trainer):
     ) -> Any:
         """Return the weighted loss, divided by the tokens of all accumulated batches."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels")[:, 1:]
+        labels, kd_mask = self._align(inputs)
+        inputs |= self.accelerator.unwrap_model(model).route.target_inputs(inputs.pop("labels"))
         teacher_ids, teacher_mask = inputs.pop("teacher_input_ids", None), inputs.pop("teacher_attention_mask", None)
-        mask = inputs["attention_mask"].bool()
-        kd_mask = mask[:, 1:] & mask[:, :-1]
         outputs = model(**inputs)
-        logits = outputs.logits[:, :-1]
+        logits = outputs.logits[:, : labels.shape[1]]
         in_training = model.training
         losses: dict[str, Tensor] = {}
         if (labels != IGNORE_INDEX).any():
@@ -114,7 +113,7 @@ class MendTrainer(Trainer):
                     "Expected teacher_input_ids in the batch because kd_loss_weight is above 0, got none: use "
                     "MendCollator(..., with_teacher=True), or set kd_loss_weight=0."
                 )
-            teacher_logits = self._teacher_logits(model, teacher_ids, teacher_mask, inputs)[:, :-1]
+            teacher_logits = self._teacher_logits(model, teacher_ids, teacher_mask, inputs)[:, : labels.shape[1]]
             losses["kd_loss"] = kd_loss(
                 logits,
                 teacher_logits,
@@ -133,12 +132,28 @@ class MendTrainer(Trainer):
     def _teacher_logits(
         self, model: nn.Module, teacher_ids: Tensor, teacher_mask: Tensor | None, inputs: dict[str, Tensor]
     ) -> Tensor:
-        """Return the base model's logits (B, T, W) of the queries behind the demonstrations' full text."""
+        """Return the base model's logits (B, P, W) where the demonstrations' full text stands before the queries."""
         mend_model: MendModel = self.accelerator.unwrap_model(model)
         if teacher_mask is None:
             teacher_mask = torch.ones_like(teacher_ids)
         text = mend_model.read_tokens(teacher_ids, teacher_mask).select(inputs["query_task_rows"])
-        return mend_model.route.forward(text, inputs["input_ids"], inputs["attention_mask"]).logits
+        decoder = {name: value for name, value in inputs.items() if name == "decoder_input_ids"}
+        return mend_model.route.forward(text, inputs["input_ids"], inputs["attention_mask"], **decoder).logits
+
+    def _align(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the first P logits of every row predict, and where the teacher's distribution counts.
+
+        A decoder-only model predicts query and target, each token from those before it; the decoder of an
+        encoder-decoder predicts the target alone.
+
+        Returns:
+            Labels (B, P) and a mask (B, P).
+        """
+        model: MendModel = self.accelerator.unwrap_model(self.model)
+        if model.mend_config.task_type == "SEQ_2_SEQ_LM":
+            return batch["labels"], batch["labels"] != IGNORE_INDEX
+        mask = batch["attention_mask"].bool()
+        return batch["labels"][:, 1:], mask[:, 1:] & mask[:, :-1]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -146,8 +161,7 @@ class MendTrainer(Trainer):
         """Collect the batches of one step and count the tokens that each loss is averaged over."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._num_logged_steps += 1
-        masks = [batch["attention_mask"].bool() for batch in batches]
-        count = sum((mask[:, 1:] & mask[:, :-1]).sum() for mask in masks)
+        count = sum(self._align(batch)[1].sum() for batch in batches)
         if isinstance(count, Tensor):
             count = count.to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:

@@ -30,6 +30,7 @@ LAYERS = (
     ("distiller", "routes/"),
     ("artifact",),
     ("hub", "binding"),
+    ("wrapper",),
     ("data/", "model"),
     ("auto", "training_args"),
     ("trainer",),

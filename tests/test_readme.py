@@ -15,7 +15,7 @@ import pytest
 import typer
 from command_line import run_mend
 from tiny import load_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from weights import NAME
 
 from mend_hf import MendConfig, get_mend_model
@@ -61,7 +61,8 @@ def run_blocks(page: Path) -> None:
 
 def substitute(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> None:
     """Answer the question for SmolLM2's Hub name with this model and tokenizer."""
-    for auto_class, thing in zip((AutoModelForCausalLM, AutoTokenizer), loaded, strict=True):
+    auto_classes, things = (AutoModelForCausalLM, AutoTokenizer, AutoConfig), (*loaded, loaded[0].config)
+    for auto_class, thing in zip(auto_classes, things, strict=True):
         original: Callable[..., Any] = auto_class.from_pretrained
 
         def from_pretrained(

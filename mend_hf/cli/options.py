@@ -46,8 +46,10 @@ def load_for_answering(distiller: str | None, base_model: str | None, device: st
 def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base model and its tokenizer, on a GPU if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from mend_hf.auto import load_language_model
 
     if name_or_path is None:
         raise ConfigError("Expected --base-model: the distiller does not name its own.")
@@ -63,7 +65,7 @@ def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTr
         # The progress bars of reading a GGUF file know no other switch.
         with redirect_stderr(io.StringIO()) if extra else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **extra)
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **extra)
+            model = load_language_model(name_or_path, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]}"

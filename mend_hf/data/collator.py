@@ -25,7 +25,8 @@ class MendCollator:
 
     A row's `query` and `target` are strings, or lists of strings: several queries of one task then share one
     distilling. Behind plain-text demonstrations (strings) query and target stand as they are; otherwise they are put
-    into the prompt format, and the separator follows the target.
+    into the prompt format, and the separator follows the target. Of an encoder-decoder (`config.task_type`) the
+    encoder reads the query, and the decoder the target alone, with its end.
 
     Teacher and distiller read the same demonstrations: what one budget cuts away, neither sees.
 
@@ -65,7 +66,8 @@ class MendCollator:
             For the distiller `demo_input_ids`, `demo_attention_mask`, `demo_anchor_mask` (N, D) and `demo_task_rows`
             (N,); for the teacher `teacher_input_ids`, `teacher_attention_mask` (R, D); for the student `input_ids`,
             `attention_mask`, `labels` (B, T) and `query_task_rows` (B,): query and target, padded on the left, with
-            labels on the target.
+            labels on the target. For an encoder-decoder: the query in (B, T) and the target in `labels` (B, A), both
+            padded on the right.
 
         Raises:
             DataError: A row is malformed; the message names it.
@@ -96,9 +98,9 @@ class MendCollator:
                 task_rows.append(index)
         batch = DemonstrationBatch.from_tasks(encoded, self._distiller_prompt.pad_token_id)
         columns = {
-            "input_ids": _pad_left(queries, self._prompt.pad_token_id),
-            "attention_mask": _pad_left([[1] * len(ids) for ids in queries], 0),
-            "labels": _pad_left(labels, IGNORE_INDEX),
+            "input_ids": self._prompt.pad(queries, self._prompt.pad_token_id),
+            "attention_mask": self._prompt.pad([[1] * len(ids) for ids in queries], 0),
+            "labels": self._prompt.pad(labels, IGNORE_INDEX),
             "query_task_rows": torch.tensor(task_rows),
             "demo_input_ids": batch.input_ids,
             "demo_attention_mask": batch.attention_mask,
@@ -126,6 +128,9 @@ class MendCollator:
             head, answer = self._prompt.encode_query(query), self._prompt.encode_answer(target)
             separator = self._prompt.separator_ids
         answer = answer[: self.max_target_tokens]
+        if self._prompt.is_encoder_decoder:
+            before, behind = self._prompt.target_frame
+            return (head + self._prompt.query_end_ids if is_plain_text else head), before + answer + behind
         ids = head + answer + separator
         labels = [IGNORE_INDEX] * len(head) + answer + [IGNORE_INDEX] * len(separator)
         return ids, [IGNORE_INDEX, *labels[1:]]  # nothing predicts the first token
@@ -141,8 +146,3 @@ def _pair_up(query: Any, target: Any, index: int) -> list[tuple[str, str]]:
             f"and {target!r}."
         )
     return list(zip(queries, targets, strict=True))
-
-
-def _pad_left(rows: list[list[int]], value: int) -> Tensor:
-    length = max(len(row) for row in rows)
-    return torch.tensor([[value] * (length - len(row)) + row for row in rows])

@@ -11,13 +11,16 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import BatchEncoding, DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from mend_hf.architectures import check_positions, get_sliding_window, holds_prefix_in_cache, reads_padding
+from mend_hf.demonstrations import PromptEncoder
 from mend_hf.errors import DataError, ShapeError
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.model import MendModel
 from mend_hf.prefix import KeyValuePrefix, Prefix, continue_inputs, position_inputs, positions_of
+from mend_hf.routes.encoder import EncoderRoute
 
 OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
 
@@ -96,6 +99,8 @@ def _score_batch(
     ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
     num_at_once = OPTIONS_PER_QUERY * len(queries)
     parts = [ids[start : start + num_at_once] for start in range(0, len(ids), num_at_once)]
+    if isinstance(model.route, EncoderRoute):
+        return _split(_score_by_decoder(model.route, prompt, prefix, encoding, ids), options)
     if not holds_prefix_in_cache(model.base_model):
         means = [mean for part in parts for mean in _score_in_one_piece(model, encoding, part, prefix)]
         return _split(means, options)
@@ -122,6 +127,38 @@ def _score_batch(
 def _split(means: list[float], options: list[Sequence[str]]) -> list[list[float]]:
     remaining = iter(means)
     return [[next(remaining) for _ in choices] for choices in options]
+
+
+def _score_by_decoder(
+    route: EncoderRoute,
+    prompt: PromptEncoder,
+    prefix: Prefix | None,
+    encoding: BatchEncoding,
+    ids: list[tuple[int, list[int]]],
+) -> list[float]:
+    """Return every option's mean log-likelihood a token; what the encoder read of a query serves all its options.
+
+    The decoder reads what the tokenizer puts before a target; neither that nor the end of the target counts.
+    """
+    before, behind = prompt.target_frame
+    read = route.encode(prefix, encoding["input_ids"], encoding["attention_mask"])
+    states, mask = read["encoder_outputs"].last_hidden_state, read["attention_mask"]
+    means: list[float] = []
+    num_at_once = OPTIONS_PER_QUERY * len(mask)
+    for start in range(0, len(ids), num_at_once):
+        part = ids[start : start + num_at_once]
+        rows = torch.tensor([row for row, _ in part], device=mask.device)  # [O]
+        labels = _pad_right([before + answer + behind for _, answer in part], IGNORE_INDEX).to(mask.device)  # [O, A]
+        counted = _pad_right([[0] * len(before) + [1] * len(answer) for _, answer in part], 0).to(mask.device)
+        logits = route.base_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]),
+            attention_mask=mask[rows],
+            **route.target_inputs(labels),
+        ).logits[:, : counted.shape[1]]
+        labels = labels[:, : counted.shape[1]].clamp(min=0)
+        chosen = logits.float().log_softmax(-1).gather(2, labels[..., None]).squeeze(2)  # [O, A]
+        means += ((chosen * counted).sum(1) / counted.sum(1)).tolist()
+    return means
 
 
 def _read_options(

@@ -33,6 +33,13 @@ class Route(ABC):
     def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Prefix:
         """Return the prepared prefix that stands for token ids (B, N), padded on the left, as plain text."""
 
+    def target_inputs(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return what `forward` takes beside the query so that its logits predict labels that stand apart from it.
+
+        Decoder-only models read a target as a part of the query and need nothing.
+        """
+        return {}
+
     @abstractmethod
     def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         """Run the base model over queries behind a prepared prefix.
