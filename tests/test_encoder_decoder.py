@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from command_line import run_mend
 from tiny_encoder_decoders import MAX_POSITIONS, TINY_ENCODER_DECODERS
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, WhisperConfig, WhisperForConditionalGeneration
@@ -355,6 +357,31 @@ def test_loading_by_name_finds_the_class_of_the_base_model(base, tokenizer, tmp_
     model.save_pretrained(tmp_path / "distiller")
     again = AutoMendModel.from_pretrained(tmp_path / "distiller")
     assert again.answer(QUERIES, SHOTS) == model.answer(QUERIES, SHOTS)
+
+
+def test_the_command_line_trains_answers_and_evaluates(tiny_encoder_decoder, tokenizer, tmp_path, capsys):
+    for part in (tiny_encoder_decoder("t5"), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    adjectives, nouns = ("good", "bad", "great"), ("film", "food", "day", "town")
+    examples = [
+        {"task": "films", "input": f"{a} {n}", "output": OPTIONS[0][a == "bad"], "options": OPTIONS[0]}
+        for a in adjectives
+        for n in nouns
+    ]
+    (tmp_path / "tasks").mkdir()
+    for split in ("train", "test"):
+        text = "\n".join(json.dumps(example) for example in examples)
+        (tmp_path / "tasks" / f"films_16_13_{split}.jsonl").write_text(text)
+    tasks, made = ["--tasks", tmp_path / "tasks"], ["--distiller", tmp_path / "made"]
+    few, short = ["--num-virtual-tokens", "3", "--num-rows", "2", "--batch-size", "2"], ["--num-demonstrations", "2"]
+    base = ["--base-model", tmp_path / "base"]
+    assert run_mend(["finetune", *base, *tasks, *few, *short, "--output-dir", tmp_path / "made"]) == 0
+    capsys.readouterr()
+    asked = ["--demonstrations", tmp_path / "tasks" / "films_16_13_train.jsonl", "--max-new-tokens", "3"]
+    assert run_mend(["generate", "bad town", *made, *asked]) == 0
+    assert run_mend(["evaluate", *made, *tasks, *short, "--seeds", "13", "--output-dir", tmp_path / "scores"]) == 0
+    results = (tmp_path / "scores" / "results.jsonl").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in results} == {*METHODS} - {"training-free anchors"}
 
 
 class TestRefusals:

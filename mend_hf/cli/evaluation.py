@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from mend_hf.cli.options import BaseModel, Device, Distiller, load_for_answering
+from mend_hf.config import MendConfig
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.files import check_output_folder, read_json, write_json
 
@@ -46,7 +47,10 @@ def evaluate(
     from mend_hf.evaluation.methods import METHODS, pick_methods
     from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown, to_table
 
-    names = method or [name for name in METHODS if distiller is not None or name not in ("MEND", "random prefix")]
+    left_out = {"MEND", "random prefix"} if distiller is None else set()
+    if distiller is not None and MendConfig.from_pretrained(distiller).task_type == "SEQ_2_SEQ_LM":
+        left_out = {"training-free anchors"}  # they are keys and values, which an encoder does not read
+    names = method or [name for name in METHODS if name not in left_out]
     methods = pick_methods(names)
     check_output_folder(output_dir)
     wanted = only or (list(load_partition(partition).test) if partition else None)
