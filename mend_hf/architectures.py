@@ -189,7 +189,7 @@ def _check_encoder_decoder(base_model: PreTrainedModel) -> Literal["SEQ_2_SEQ_LM
     """
     if not base_model.can_generate():
         raise UnsupportedModelError(
-            f"Expected a model with a language-model head, got {type(base_model).__name__}. "
+            f"Expected an encoder-decoder with a language-model head, got {type(base_model).__name__}. "
             "Load it through AutoModelForSeq2SeqLM."
         )
     if not accepts(base_model, "inputs_embeds") or not accepts(base_model.get_encoder(), "inputs_embeds"):

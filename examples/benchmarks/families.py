@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import peft
 import torch
@@ -31,6 +34,7 @@ import peft_checks
 from build_tokenizer import FOLDER
 from family_checks import Family, Measured
 from peft_checks import SoftPrompt
+from tiny_encoder_decoders import TINY_ENCODER_DECODERS
 from tiny_models import TINY_MODELS, build_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +86,14 @@ COLUMNS = {
 }
 
 
+ENCODERS = """\
+The vectors stand in front of the encoder's input embeddings, the only form there. A column is a test of
+`tests/test_encoder_decoder.py`, which compares with the bare model given the same embeddings: exact where all its cases
+pass. Training means that the loss falls, that every weight of the distiller moves and none of the base model's.
+
+"""
+
+
 def measure_cell(check: Callable[[Any], Measured] | None, subject: Any, notes: list[str], *, is_ratio: bool) -> str:
     """Return a cell's text; what an error says becomes a footnote."""
     if check is None:
@@ -124,6 +136,39 @@ def measure_row(name: str, checks: Mapping[str, Callable[[Any], Measured]], subj
     return f"| {' | '.join([name, *cells])} |"
 
 
+ENCODER_TESTS = {
+    "logits, loss": "test_logits_and_loss",
+    "greedy, beams, sampling": "test_generated_tokens",
+    "one encoder pass": "test_the_encoder_runs_once_for_all_beams",
+    "gradients": "test_gradients_reach_everything_that_is_trained_and_nothing_else",
+    "batch = rows": "test_with_other_tasks_lengths_and_paddings",
+    "distilled batch = rows": "test_in_distilling",
+    "bare model": "test_bit_for_bit",
+    "save, load": "test_saving_and_loading_changes_no_bit",
+    "scores": "test_scores_are_those_of_plain_forwards",
+    "training": "test_lowers_the_loss_and_moves_the_distiller_alone",
+}
+
+
+def run_encoder_tests() -> list[str]:
+    """Run the tests of the encoder-decoders and return a table of what passed, family by family."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_encoder_decoder.py", f"--junitxml={report}"]
+        subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    rows = []
+    for family in TINY_ENCODER_DECODERS:
+        cells = []
+        for test in ENCODER_TESTS.values():
+            name = re.compile(rf"{test}\[(.*-)?{family}(-.*)?\]")
+            found = [case for case in cases if name.fullmatch(case.get("name", ""))]
+            num_failed = sum(case.find("failure") is not None or case.find("error") is not None for case in found)
+            cells.append(f"{num_failed} of {len(found)} fail" if num_failed or not found else "exact")
+        rows.append(f"| {family} | {' | '.join(cells)} |")
+    return rows
+
+
 def main() -> None:
     """Measure every cell and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,6 +207,9 @@ def main() -> None:
     text += "".join(f"| {column} | {meaning} |\n" for column, meaning in COLUMNS.items())
     text += f"\n## Measured\n\n| family | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|\n"
     text += "\n".join(rows)
+    text += f"\n\n## Encoder-decoders\n\n{ENCODERS}"
+    text += f"| family | {' | '.join(ENCODER_TESTS)} |\n|---{'|---' * len(ENCODER_TESTS)}|\n"
+    text += "\n".join(run_encoder_tests())
     text += f"\n\n## PEFT, beside the table\n\n| | {' | '.join(prompts)} |\n|---{'|---' * len(prompts)}|\n"
     text += "\n".join(f"{line} |" for line in beside)
     text += "\n\n## Notes\n\n" + "\n".join(f"{number}. {words}" for number, words in enumerate(notes, 1)) + "\n"
