@@ -88,8 +88,8 @@ COLUMNS = {
 
 ENCODERS = """\
 The vectors stand in front of the encoder's input embeddings, the only form there. A column is a test of
-`tests/test_encoder_decoder.py`, which compares with the bare model given the same embeddings: exact where all its cases
-pass. Training means that the loss falls, that every weight of the distiller moves and none of the base model's.
+`tests/test_encoder_decoder.py`, which compares with the bare model given the same embeddings: exact where all its
+cases pass. Training means that the loss falls, that every weight of the distiller moves and none of the base model's.
 
 """
 
