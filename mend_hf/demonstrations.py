@@ -14,6 +14,10 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from mend_hf.config import MendConfig
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.fingerprint import hash_json
+from mend_hf.messages import is_message, pair_messages
+from mend_hf.prompt_format import get_prompt_format
+
+MIN_TEXT_TOKENS = 2  # Of a demonstration inside its turns: one of the input, one of the answer.
 
 _SENTENCE_END = re.compile(r"[.!?。！？][\"')\]”’]*\s*$|\n")  # noqa: RUF001
 
@@ -83,7 +87,8 @@ def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]]
 
     Args:
         demonstrations: One task: a list whose items are (input, output) tuples, {"input", "output"} mappings, strings
-            (plain text) or `Demonstration`s. Or a batch of tasks: a list of such lists.
+            (plain text) or `Demonstration`s; or chat messages, a user's and an assistant's in turn. Or a batch of
+            tasks: a list of such lists.
 
     Returns:
         One list of demonstrations a task, and whether a batch of tasks was given.
@@ -110,7 +115,8 @@ def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]]
                 f"{where}{task!r} is either one (input, output) pair or a task of two plain texts: "
                 "write pairs as tuples or as {'input': ..., 'output': ...}."
             )
-        parsed.append([_parse_one(item, f"{where}demonstration {index}") for index, item in enumerate(task)])
+        items = pair_messages(task, where) if any(is_message(item) for item in task) else task
+        parsed.append([_parse_one(item, f"{where}demonstration {index}") for index, item in enumerate(items)])
     return parsed, is_batch
 
 
@@ -129,7 +135,8 @@ def _parse_one(item: Any, where: str) -> Demonstration:
             raise DataError(f"{where}: expected an output that is a string, got None: give the answer as text.")
     else:
         raise DataError(
-            f"{where}: expected an (input, output) tuple, a mapping with input and output, or a string, got {item!r}."
+            f"{where}: expected an (input, output) tuple, a mapping with input and output, a chat message with role "
+            f"and content, or a string, got {item!r}."
         )
     for name in ("input", "output"):
         value = getattr(demonstration, name)
@@ -169,7 +176,8 @@ class PromptEncoder:
         config: Prompt format and budgets.
 
     Raises:
-        ConfigError: There is no tokenizer.
+        ConfigError: There is no tokenizer; or the config asks for a chat and the chat template is missing, does not
+            write one turn like the next, or alone exceeds the budgets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, config: MendConfig) -> None:
@@ -180,17 +188,29 @@ class PromptEncoder:
             )
         self.tokenizer = tokenizer
         self.config = config
-        self._separator_ids = self._ids(config.demonstration_separator)
+        self._format = get_prompt_format(tokenizer, config)
+        self._separator_ids = self._ids(self._format.separator)
+        self._output_prefix_ids = self._ids(self._format.output_prefix)
+        self._turn_end_ids = self._ids(self._format.turn_end)
+        self._check_budgets()
         self._ends_sentence: dict[int, bool] = {}
 
-    def encode_query(self, query: str) -> list[int]:
-        """Return the ids of a query up to where its answer begins; a long one is cut like a demonstration."""
-        head, tail = self._input_ids(query)
-        return head[: max(self.config.max_demonstration_tokens - len(tail), 0)] + tail
+    def encode_query(self, query: str, *, is_alone: bool = False) -> list[int]:
+        """Return the ids of a query up to where its answer begins; a long one is cut like a demonstration.
 
-    def encode_queries(self, queries: Sequence[str]) -> BatchEncoding:
-        """Return the ids (B, T) and the mask of several queries, padded on the left."""
-        rows = [self.encode_query(query) for query in queries]
+        Args:
+            query: Its text.
+            is_alone: No demonstrations stand in front of it: in a chat it then begins with what the template puts
+                first.
+        """
+        head, num_around = self._input_ids(query)
+        tail = self._output_prefix_ids
+        ids = head[: max(self.config.max_demonstration_tokens - len(tail), num_around)] + tail
+        return self._ids(self._format.opening or "") + ids if is_alone else ids
+
+    def encode_queries(self, queries: Sequence[str], *, is_alone: bool = False) -> BatchEncoding:
+        """Return the ids (B, T) and the mask of several queries, padded on the left; `encode_query` makes each."""
+        rows = [self.encode_query(query, is_alone=is_alone) for query in queries]
         length = max(len(row) for row in rows)
         padding = [length - len(row) for row in rows]
         return BatchEncoding(
@@ -204,7 +224,13 @@ class PromptEncoder:
 
     def encode_answer(self, answer: str) -> list[int]:
         """Return the ids of an answer as it stands in a demonstration, without the separator."""
-        return self._ids(self.config.answer_prefix + answer)
+        return self._ids(self._format.answer_prefix + self._format.show_answer(answer))
+
+    def decode_answers(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of generated answers up to where the separator, in a chat the end of the turn, begins."""
+        cut = [_cut_at(list(ids), self._turn_end_ids) for ids in answers]
+        texts, separator = self.tokenizer.batch_decode(cut, skip_special_tokens=True), self._format.separator
+        return [(text.split(separator)[0] if separator else text).strip() for text in texts]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of plain text, without special tokens."""
@@ -221,7 +247,9 @@ class PromptEncoder:
             demonstrations: One task's, at least one.
             warn: Say in a warning how many tokens were lost.
         """
-        window = self.config.max_distiller_tokens - len(self._bos_ids)
+        is_plain_text = all(demonstration.output is None for demonstration in demonstrations)
+        opening_ids = self._bos_ids if is_plain_text else self._opening_ids
+        window = self.config.max_distiller_tokens - len(opening_ids)
         groups: list[list[EncodedChunk]] = []
         num_kept, num_lost_tokens, is_full = 0, 0, False
         for demonstration in demonstrations:
@@ -237,7 +265,7 @@ class PromptEncoder:
                 else:
                     groups.append([piece])
                 num_kept += piece is pieces[0] and not is_full
-        chunks = [self._join_pieces(group) for group in groups]
+        chunks = [_join_pieces(opening_ids, group) for group in groups]
         num_tokens = sum(len(chunk.input_ids) for chunk in chunks)
         if warn and num_lost_tokens:
             warnings.warn(
@@ -259,13 +287,22 @@ class PromptEncoder:
     @property
     def empty_prompt_ids(self) -> list[int]:
         """The ids of the prompt format around nothing: what stays when input and output are left out."""
-        head, tail = self._input_ids("")
-        return head + tail + self._separator_ids
+        return self._ids(self._format.input_prefix) + self._output_prefix_ids + self._separator_ids
 
     @property
     def separator_ids(self) -> list[int]:
         """The ids that follow every demonstration."""
         return self._separator_ids
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The id that ends an answer in a chat; None: its end has no id of its own, or the format is plain."""
+        return self._turn_end_ids[0] if len(self._turn_end_ids) == 1 else None
+
+    @property
+    def _opening_ids(self) -> list[int]:
+        """What stands in front of the first demonstration."""
+        return self._bos_ids if self._format.opening is None else self._ids(self._format.opening)
 
     @property
     def _bos_ids(self) -> list[int]:
@@ -276,8 +313,26 @@ class PromptEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
-    def _input_ids(self, text: str) -> tuple[list[int], list[int]]:
-        return self._ids(self.config.input_prefix + text), self._ids(self.config.output_prefix)
+    def _input_ids(self, text: str) -> tuple[list[int], int]:
+        """Return the ids in front of an input and of the input, and how many of them no budget may cut away."""
+        ids = self._ids(self._format.input_prefix + self._format.show_input(text))
+        if self._format.opening is None:
+            return ids, 0
+        alike = [one == other for one, other in zip(ids, self._ids(self._format.input_prefix), strict=False)]
+        return ids, [*alike, False].index(False)
+
+    def _check_budgets(self) -> None:
+        """Refuse budgets that the turns of a chat alone exceed; prefixes of one's own are cut with the input."""
+        if self._format.opening is None:
+            return
+        num_around = len(self.empty_prompt_ids)
+        for name, num_first in (("max_demonstration_tokens", 0), ("max_distiller_tokens", len(self._opening_ids))):
+            budget, least = getattr(self.config, name), num_first + num_around + MIN_TEXT_TOKENS
+            if budget < least:
+                raise ConfigError(
+                    f"{name}: expected room for {least} tokens or more, which the chat template writes around a "
+                    f"demonstration of {MIN_TEXT_TOKENS}, got {budget}: raise it."
+                )
 
     def _encode_pieces(self, demonstration: Demonstration, window: int) -> tuple[list[EncodedChunk], int]:
         if demonstration.output is None:
@@ -286,12 +341,13 @@ class PromptEncoder:
         return [piece], num_lost_tokens
 
     def _encode_pair(self, demonstration: Demonstration, budget: int) -> tuple[EncodedChunk, int]:
-        head, tail = self._input_ids(demonstration.input)
-        answer = self.encode_answer(demonstration.output or "")
-        answer = answer[: max(budget - len(tail) - len(self._separator_ids) - 1, 1)]
-        kept = head[: max(budget - len(tail) - len(answer) - len(self._separator_ids), 1)]
+        head, num_around = self._input_ids(demonstration.input)
+        tail, least = self._output_prefix_ids, max(num_around, 1)
+        whole_answer = self.encode_answer(demonstration.output or "")
+        answer = whole_answer[: max(budget - len(tail) - len(self._separator_ids) - least, 1)]
+        kept = head[: max(budget - len(tail) - len(answer) - len(self._separator_ids), least)]
         ids = kept + tail + answer + self._separator_ids
-        full = len(head) + len(tail) + len(self.encode_answer(demonstration.output or "")) + len(self._separator_ids)
+        full = len(head) + len(tail) + len(whole_answer) + len(self._separator_ids)
         answer_start = len(kept) + len(tail)
         answer_end = answer_start + len(answer)
         anchors = [*range(answer_start - 1, answer_end), *([answer_end] if self._separator_ids else [])]
@@ -326,10 +382,17 @@ class PromptEncoder:
             self._ends_sentence[token_id] = bool(_SENTENCE_END.search(self.tokenizer.decode([token_id])))
         return self._ends_sentence[token_id]
 
-    def _join_pieces(self, pieces: Sequence[EncodedChunk]) -> EncodedChunk:
-        ids = list(self._bos_ids)
-        anchors: list[int] = []
-        for piece in pieces:
-            anchors += [len(ids) + position for position in piece.anchor_positions]
-            ids += piece.input_ids
-        return EncodedChunk(ids, anchors, tuple(name for piece in pieces for name in piece.demonstrations))
+
+def _join_pieces(opening_ids: Sequence[int], pieces: Sequence[EncodedChunk]) -> EncodedChunk:
+    ids = list(opening_ids)
+    anchors: list[int] = []
+    for piece in pieces:
+        anchors += [len(ids) + position for position in piece.anchor_positions]
+        ids += piece.input_ids
+    return EncodedChunk(ids, anchors, tuple(name for piece in pieces for name in piece.demonstrations))
+
+
+def _cut_at(ids: list[int], end_ids: list[int]) -> list[int]:
+    """Return the ids in front of the first place where others begin; all of them where there are no others."""
+    places = (place for place in range(len(ids)) if end_ids and ids[place : place + len(end_ids)] == end_ids)
+    return ids[: next(places, len(ids))]

@@ -23,7 +23,8 @@ MAX_LINES = 400
 LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch"),
-    ("config", "fingerprint"),
+    ("config", "fingerprint", "messages"),
+    ("prompt_format",),
     ("demonstrations",),
     ("demonstration_batch", "prefix", "provenance"),
     ("caches", "pooling"),

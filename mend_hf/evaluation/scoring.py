@@ -90,7 +90,7 @@ def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> 
 def _score_batch(
     model: MendModel, queries: list[str], options: list[Sequence[str]], prefix: Prefix | None
 ) -> list[list[float]]:
-    encoding = model.tokenize(queries)
+    encoding = model.tokenize(queries, is_alone=prefix is None)
     mask = encoding["attention_mask"]
     prompt = model.prompt
     ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
