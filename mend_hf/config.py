@@ -15,6 +15,7 @@ from mend_hf.errors import ConfigError
 from mend_hf.files import fetch_file, read_json, write_folder, write_json
 
 CONFIG_NAME = "mend_config.json"
+PLAIN_FIELDS = ("input_prefix", "output_prefix", "answer_prefix", "demonstration_separator")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -76,6 +77,11 @@ class MendConfig:
     )
     max_demonstration_tokens: int = _setting(256, "A longer demonstration loses the end of its input.")
     max_distiller_tokens: int = _setting(900, "Demonstration tokens that the distiller reads at once.")
+    prompt_format: Literal["plain", "chat"] = _setting(
+        "plain",
+        "How demonstrations and queries are written: between the four texts below, or as turns of the tokenizer's "
+        "chat template, which says what stands there.",
+    )
     input_prefix: str = _setting("Input: ", "Text before every input.")
     output_prefix: str = _setting("\nOutput:", "Text between an input and its output.")
     answer_prefix: str = _setting(" ", "Text in front of every output, tokenised together with it.")
@@ -200,6 +206,12 @@ def _value_problems(config: MendConfig) -> list[str]:
     ]
     if isinstance(config.lora_dropout, int | float) and not 0.0 <= config.lora_dropout < 1.0:
         problems.append(f"lora_dropout: expected a share from 0 up to 1, got {config.lora_dropout}")
+    if config.prompt_format == "chat":
+        problems += [
+            f'{setting.name}: with prompt_format="chat" the chat template says what stands there; leave it out'
+            for setting in dataclasses.fields(config)
+            if setting.name in PLAIN_FIELDS and getattr(config, setting.name) != setting.default
+        ]
     if config.num_virtual_tokens == 0 and config.prefix_form == "embeds":
         problems.append(
             "num_virtual_tokens: the embeds form consists of virtual tokens alone and needs at least 1, got 0"

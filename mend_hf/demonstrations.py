@@ -1,22 +1,16 @@
-"""Demonstrations as users write them, and as token ids with their anchors: prompt format, truncation, chunking."""
+"""Demonstrations as users write them, and what stands for them as token ids."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from mend_hf.config import MendConfig
-from mend_hf.errors import ConfigError, DataError
+from mend_hf.errors import DataError
 from mend_hf.fingerprint import hash_json
-
-_SENTENCE_END = re.compile(r"[.!?。！？][\"')\]”’]*\s*$|\n")  # noqa: RUF001
+from mend_hf.messages import is_message, pair_messages
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,8 @@ def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]]
 
     Args:
         demonstrations: One task: a list whose items are (input, output) tuples, {"input", "output"} mappings, strings
-            (plain text) or `Demonstration`s. Or a batch of tasks: a list of such lists.
+            (plain text) or `Demonstration`s; or chat messages, a user's and an assistant's in turn. Or a batch of
+            tasks: a list of such lists.
 
     Returns:
         One list of demonstrations a task, and whether a batch of tasks was given.
@@ -111,7 +106,8 @@ def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]]
                 f"{where}{task!r} is either one (input, output) pair or a task of two plain texts: "
                 "write pairs as tuples or as {'input': ..., 'output': ...}."
             )
-        parsed.append([_parse_one(item, f"{where}demonstration {index}") for index, item in enumerate(task)])
+        items = pair_messages(task, where) if any(is_message(item) for item in task) else task
+        parsed.append([_parse_one(item, f"{where}demonstration {index}") for index, item in enumerate(items)])
     return parsed, is_batch
 
 
@@ -130,7 +126,8 @@ def _parse_one(item: Any, where: str) -> Demonstration:
             raise DataError(f"{where}: expected an output that is a string, got None: give the answer as text.")
     else:
         raise DataError(
-            f"{where}: expected an (input, output) tuple, a mapping with input and output, or a string, got {item!r}."
+            f"{where}: expected an (input, output) tuple, a mapping with input and output, a chat message with role "
+            f"and content, or a string, got {item!r}."
         )
     for name in ("input", "output"):
         value = getattr(demonstration, name)
@@ -147,232 +144,3 @@ def _parse_one(item: Any, where: str) -> Demonstration:
 def name_demonstration(demonstration: Demonstration) -> str:
     """Return a hash that tells a demonstration from every other one."""
     return hash_json((demonstration.input, demonstration.output))
-
-
-def find_tokenizer(name_or_path: str | None, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer saved beside a model; None where there is none: token ids can still go in."""
-    if not name_or_path:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
-    except (OSError, ValueError):
-        return None
-
-
-class PromptEncoder:
-    """Turns demonstrations, queries and answers into token ids in a config's prompt format.
-
-    Inputs, outputs and separators are tokenised apart, so the ids of a piece never depend on its neighbours: dropping
-    a demonstration drops exactly its ids, and an answer's ids are the same wherever it stands.
-
-    For an encoder-decoder, a query ends for the encoder with what its tokenizer puts behind a text (`</s>`; of mBART
-    also the language): it was trained on texts that all ended so. Demonstrations, a part of the text in front of the
-    query, have no such end. A target is what the decoder learns to write: with all that the tokenizer puts around a
-    target, and in any case the end-of-text id, behind which `generate` stops.
-
-    Args:
-        tokenizer: Of the model that reads.
-        config: Prompt format and budgets.
-
-    Raises:
-        ConfigError: There is no tokenizer.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, config: MendConfig) -> None:
-        if tokenizer is None:
-            raise ConfigError(
-                "Expected a tokenizer to read text with, and found none under the model's name: pass tokenizer=... "
-                "when wrapping the model."
-            )
-        self.tokenizer = tokenizer
-        self.config = config
-        self.is_encoder_decoder = config.task_type == "SEQ_2_SEQ_LM"
-        self._separator_ids = self._ids(config.demonstration_separator)
-        self._ends_sentence: dict[int, bool] = {}
-
-    def encode_query(self, query: str) -> list[int]:
-        """Return the ids of a query up to where its answer begins; a long one is cut like a demonstration."""
-        head, tail = self._input_ids(query)
-        return head[: max(self.config.max_demonstration_tokens - len(tail), 0)] + tail + self.query_end_ids
-
-    def encode_queries(self, queries: Sequence[str]) -> BatchEncoding:
-        """Return the ids (B, T) and the mask of several queries, padded on the left; for an encoder on the right."""
-        rows = [self.encode_query(query) for query in queries]
-        return BatchEncoding(
-            {
-                "input_ids": self.pad(rows, self.pad_token_id),
-                "attention_mask": self.pad([[1] * len(row) for row in rows], 0),
-            }
-        )
-
-    def pad(self, rows: Sequence[list[int]], value: int) -> torch.Tensor:
-        """Return rows as (B, T), padded on the left, behind which an answer follows; for an encoder on the right.
-
-        Args:
-            rows: B lists.
-            value: What fills a row.
-        """
-        length = max(len(row) for row in rows)
-        padding = [[value] * (length - len(row)) for row in rows]
-        sides = [(row, pad) if self.is_encoder_decoder else (pad, row) for row, pad in zip(rows, padding, strict=True)]
-        return torch.tensor([left + right for left, right in sides], dtype=torch.long)
-
-    def encode_answer(self, answer: str) -> list[int]:
-        """Return the ids of an answer as it stands in a demonstration, without the separator."""
-        return self._ids(self.config.answer_prefix + answer)
-
-    @cached_property
-    def query_end_ids(self) -> list[int]:
-        """The ids behind every query of an encoder-decoder; none where the tokenizer puts none there."""
-        return self._ids_around(is_target=False)[1] if self.is_encoder_decoder else []
-
-    @cached_property
-    def target_frame(self) -> tuple[list[int], list[int]]:
-        """The ids before and behind every target of an encoder-decoder.
-
-        Raises:
-            ConfigError: The tokenizer has no end-of-text id.
-        """
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise ConfigError(
-                "Expected a tokenizer with an end-of-text token, at which an encoder-decoder's answer ends, got none: "
-                "set tokenizer.eos_token."
-            )
-        before, behind = self._ids_around(is_target=True)
-        return before, behind if end in behind else [*behind, end]
-
-    def _ids_around(self, *, is_target: bool) -> tuple[list[int], list[int]]:
-        """Return the special ids that the tokenizer puts before and behind a text."""
-        name = "text_target" if is_target else "text"
-        whole, bare = (self.tokenizer(**{name: "a"}, add_special_tokens=add).input_ids for add in (True, False))
-        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-        return whole[:start], whole[start + len(bare) :]
-
-    def encode_text(self, text: str) -> list[int]:
-        """Return the ids of plain text, without special tokens."""
-        return self._ids(text)
-
-    def encode_demonstrations(self, demonstrations: Sequence[Demonstration], *, warn: bool = True) -> EncodedTask:
-        """Return the ids and anchors of one task's demonstrations within the config's budgets.
-
-        Under `truncate` the demonstrations that no longer fit are left out; otherwise they open another chunk, and so
-        does one beyond `max_demonstrations_per_chunk`. A demonstration longer than `max_demonstration_tokens` loses
-        the end of its input.
-
-        Args:
-            demonstrations: One task's, at least one.
-            warn: Say in a warning how many tokens were lost.
-        """
-        window = self.config.max_distiller_tokens - len(self._bos_ids)
-        groups: list[list[EncodedChunk]] = []
-        num_kept, num_lost_tokens, is_full = 0, 0, False
-        for demonstration in demonstrations:
-            pieces, lost = self._encode_pieces(demonstration, window)
-            num_lost_tokens += lost
-            for piece in pieces:
-                fits = groups and self._has_room(groups[-1], piece, window)
-                is_full = is_full or bool(groups and not fits and self.config.overflow == "truncate")
-                if is_full:
-                    num_lost_tokens += len(piece.input_ids)
-                elif fits:
-                    groups[-1].append(piece)
-                else:
-                    groups.append([piece])
-                num_kept += piece is pieces[0] and not is_full
-        chunks = [self._join_pieces(group) for group in groups]
-        num_tokens = sum(len(chunk.input_ids) for chunk in chunks)
-        if warn and num_lost_tokens:
-            warnings.warn(
-                f"{num_lost_tokens} of {num_tokens + num_lost_tokens} demonstration tokens were cut away: the budget "
-                f"is {self.config.max_demonstration_tokens} a demonstration, "
-                f"{self.config.max_distiller_tokens} in all. "
-                'Give shorter or fewer demonstrations, raise the budgets, or use overflow="concat".',
-                stacklevel=3,
-            )
-        return EncodedTask(chunks, num_kept, num_tokens, num_lost_tokens)
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id that fills masked places; which one does not matter."""
-        if self.tokenizer.pad_token_id is not None:
-            return self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id or 0
-
-    @property
-    def empty_prompt_ids(self) -> list[int]:
-        """The ids of the prompt format around nothing: what stays when input and output are left out."""
-        head, tail = self._input_ids("")
-        return head + tail + self._separator_ids
-
-    @property
-    def separator_ids(self) -> list[int]:
-        """The ids that follow every demonstration."""
-        return self._separator_ids
-
-    @property
-    def _bos_ids(self) -> list[int]:
-        """The begin-of-text id, where the tokenizer of this model family puts one in front of a text."""
-        empty = self.tokenizer("").input_ids
-        return empty[:1] if empty[:1] == [self.tokenizer.bos_token_id] else []
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
-
-    def _input_ids(self, text: str) -> tuple[list[int], list[int]]:
-        return self._ids(self.config.input_prefix + text), self._ids(self.config.output_prefix)
-
-    def _encode_pieces(self, demonstration: Demonstration, window: int) -> tuple[list[EncodedChunk], int]:
-        if demonstration.output is None:
-            return self._encode_plain_text(demonstration, window), 0
-        piece, num_lost_tokens = self._encode_pair(demonstration, min(self.config.max_demonstration_tokens, window))
-        return [piece], num_lost_tokens
-
-    def _encode_pair(self, demonstration: Demonstration, budget: int) -> tuple[EncodedChunk, int]:
-        head, tail = self._input_ids(demonstration.input)
-        answer = self.encode_answer(demonstration.output or "")
-        answer = answer[: max(budget - len(tail) - len(self._separator_ids) - 1, 1)]
-        kept = head[: max(budget - len(tail) - len(answer) - len(self._separator_ids), 1)]
-        ids = kept + tail + answer + self._separator_ids
-        full = len(head) + len(tail) + len(self.encode_answer(demonstration.output or "")) + len(self._separator_ids)
-        answer_start = len(kept) + len(tail)
-        answer_end = answer_start + len(answer)
-        anchors = [*range(answer_start - 1, answer_end), *([answer_end] if self._separator_ids else [])]
-        cap = self.config.max_anchor_tokens_per_demonstration
-        if len(anchors) > cap:
-            anchors = anchors[: (cap + 1) // 2] + anchors[len(anchors) - cap // 2 :]
-        anchors = anchors if self.config.anchor_tokens == "answers" else []
-        return EncodedChunk(ids, anchors, (name_demonstration(demonstration),)), full - len(ids)
-
-    def _has_room(self, group: Sequence[EncodedChunk], piece: EncodedChunk, window: int) -> bool:
-        limit = self.config.max_demonstrations_per_chunk
-        num_tokens = sum(len(other.input_ids) for other in group) + len(piece.input_ids)
-        return num_tokens <= window and (limit is None or len(group) < limit)
-
-    def _encode_plain_text(self, text: Demonstration, window: int) -> list[EncodedChunk]:
-        """Cut a text into pieces that fit the window; its anchors are the tokens that end a sentence or a line."""
-        ids, name = self._ids(text.input), name_demonstration(text)
-        pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
-        return [
-            EncodedChunk(
-                piece,
-                [i for i, token in enumerate(piece) if self._is_sentence_end(token)]
-                if self.config.anchor_tokens == "answers"
-                else [],
-                (f"{name}-{number}" if number else name,),
-            )
-            for number, piece in enumerate(pieces)
-        ]
-
-    def _is_sentence_end(self, token_id: int) -> bool:
-        if token_id not in self._ends_sentence:
-            self._ends_sentence[token_id] = bool(_SENTENCE_END.search(self.tokenizer.decode([token_id])))
-        return self._ends_sentence[token_id]
-
-    def _join_pieces(self, pieces: Sequence[EncodedChunk]) -> EncodedChunk:
-        ids = list(self._bos_ids)
-        anchors: list[int] = []
-        for piece in pieces:
-            anchors += [len(ids) + position for position in piece.anchor_positions]
-            ids += piece.input_ids
-        return EncodedChunk(ids, anchors, tuple(name for piece in pieces for name in piece.demonstrations))

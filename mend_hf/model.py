@@ -23,10 +23,11 @@ from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
 from mend_hf.demonstration_batch import DemonstrationBatch
-from mend_hf.demonstrations import EncodedTask, PromptEncoder, parse_demonstrations
+from mend_hf.demonstrations import EncodedTask, parse_demonstrations
 from mend_hf.errors import DataError
 from mend_hf.fingerprint import check_fingerprint
 from mend_hf.prefix import KeyValuePrefix, Prefix
+from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.provenance import describe_origin
 from mend_hf.routes import get_route
 from mend_hf.routes.base import match_rows
@@ -198,7 +199,7 @@ class MendModel(WrappedModel):
         check_generates(self.base_model)
         given = generation.pop("inputs", input_ids)
         if given is not None and not isinstance(given, Tensor):
-            given, attention_mask = self.tokenize(given).values()
+            given, attention_mask = self.tokenize(given, is_alone=self._is_alone(demonstrations)).values()
         prefix = self._resolve(demonstrations)
         if prefix is None or self._binding.is_disabled:
             masks = {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -214,25 +215,38 @@ class MendModel(WrappedModel):
     def answer(self, queries: Sequence[str], demonstrations: Any | None = None, **generation: Any) -> list[str]:
         """Return what follows each query up to the end of the answer, greedily unless `generation` says otherwise.
 
-        An answer ends where the prompt format's separator begins. Takes and raises what `generate` does.
+        An answer ends where the prompt format's separator, in a chat the end of the turn, begins. Takes and raises
+        what `generate` does.
         """
-        encoding = self.tokenize(queries)
-        pad = {"pad_token_id": self.prompt.pad_token_id}
-        settings = {"do_sample": False, "max_new_tokens": 32} | pad | generation
-        ids = self.generate(**encoding, demonstrations=demonstrations, **settings)
-        start = 0 if self.prompt.is_encoder_decoder else encoding["input_ids"].shape[1]
-        texts = self.prompt.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-        separator = self.mend_config.demonstration_separator
-        return [(text.split(separator)[0] if separator else text).strip() for text in texts]
+        prompt = self.prompt
+        encoding = self.tokenize(queries, is_alone=self._is_alone(demonstrations))
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 32, "pad_token_id": prompt.pad_token_id}
+        if prompt.stop_token_id is not None:
+            ends = self.base_model.generation_config.eos_token_id
+            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+            settings["eos_token_id"] = [prompt.stop_token_id, *ends]
+        ids = self.generate(**encoding, demonstrations=demonstrations, **settings | generation)
+        start = 0 if prompt.is_encoder_decoder else encoding["input_ids"].shape[1]
+        return prompt.decode_answers(ids[:, start:].tolist())
 
-    def tokenize(self, queries: str | Sequence[str]) -> BatchEncoding:
-        """Put queries into the prompt format and return their padded ids (B, T) and mask."""
-        return self.prompt.encode_queries([queries] if isinstance(queries, str) else queries).to(self.device)
+    def tokenize(self, queries: str | Sequence[str], *, is_alone: bool = False) -> BatchEncoding:
+        """Put queries into the prompt format and return their padded ids (B, T) and mask.
+
+        Args:
+            queries: One text or several.
+            is_alone: No demonstrations stand in front: a chat then begins here.
+        """
+        queries = [queries] if isinstance(queries, str) else queries
+        return self.prompt.encode_queries(queries, is_alone=is_alone).to(self.device)
+
+    def _is_alone(self, demonstrations: Any | None) -> bool:
+        """Return whether a query meets no demonstrations, neither the argument's nor bound ones."""
+        return self._binding.is_disabled or (demonstrations is None and self._binding.demonstrations is None)
 
     def _resolve(self, demonstrations: Any | None) -> Prefix | None:
         """Return the prefix to answer from: the argument's, else what is bound, else none."""
         bound = self._binding.demonstrations
-        if self._binding.is_disabled or (demonstrations is None and bound is None):
+        if self._is_alone(demonstrations):
             return None
         if demonstrations is not None and bound is not None:
             raise DataError(

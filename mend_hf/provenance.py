@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mend_hf.config import MendConfig
+from mend_hf.config import PLAIN_FIELDS, MendConfig
 from mend_hf.demonstrations import EncodedTask
 from mend_hf.fingerprint import hash_json
 
-PROMPT_FIELDS = ("input_prefix", "output_prefix", "answer_prefix", "demonstration_separator")
+PROMPT_FIELDS = ("prompt_format", *PLAIN_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Provenance:
         base_model_fingerprint: What tells that base model from others.
         distiller_name_or_path: Where the distiller was loaded from; None: it was never saved.
         distiller_hash: Hash of the distiller's trained tensors; None: nothing was distilled, the text was only read.
-        prompt_format: The config's prefixes and separators, by field name.
+        prompt_format: The config's prompt format, prefixes and separators, by field name.
         overflow: What was done with demonstrations beyond the window.
         max_slots: Slots that a query meets at most; anchors beyond that are pooled. None: all.
         anchor_pooling: How.
@@ -131,6 +131,7 @@ def provenance_from_record(values: dict[str, Any], format_version: int) -> Prove
             f"The provenance has entries that this version does not know: {', '.join(unknown)}.", stacklevel=3
         )
     chunks = [[ChunkRecord(**chunk) for chunk in task] for task in values["chunks"]]
+    values = values | {"prompt_format": {"prompt_format": "plain"} | values["prompt_format"]}  # older files lack it
     return Provenance(**{key: value for key, value in values.items() if key in known} | {"chunks": chunks})
 
 

@@ -15,11 +15,11 @@ from transformers.utils import PushToHubMixin
 
 from mend_hf.architectures import check_base_model, check_gradients, choose_prefix_form, keep_output_contiguous
 from mend_hf.config import MendConfig
-from mend_hf.demonstrations import PromptEncoder, find_tokenizer
 from mend_hf.distiller import DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
+from mend_hf.prompt_encoder import PromptEncoder, find_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self

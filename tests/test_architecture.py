@@ -23,8 +23,9 @@ MAX_LINES = 400
 LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch"),
-    ("config", "fingerprint"),
-    ("demonstrations",),
+    ("config", "fingerprint", "messages"),
+    ("demonstrations", "prompt_format"),
+    ("prompt_encoder",),
     ("demonstration_batch", "prefix", "provenance"),
     ("caches", "pooling"),
     ("distiller", "routes/"),

@@ -5,8 +5,8 @@ import torch
 from transformers import BatchEncoding
 
 from mend_hf import MendCollator, MendConfig
-from mend_hf.demonstrations import PromptEncoder
 from mend_hf.errors import DataError
+from mend_hf.prompt_encoder import PromptEncoder
 
 SHOTS = [{"input": "great film", "output": "positive"}, {"input": "a bore", "output": "negative"}]
 ROW = {"demonstrations": SHOTS, "query": "bad", "target": "negative"}

@@ -6,8 +6,9 @@ import pytest
 from transformers import BatchEncoding
 
 from mend_hf import Demonstration, MendConfig
-from mend_hf.demonstrations import PromptEncoder, parse_demonstrations
+from mend_hf.demonstrations import parse_demonstrations
 from mend_hf.errors import ConfigError, DataError
+from mend_hf.prompt_encoder import PromptEncoder
 
 SHOTS = [Demonstration("great film", "positive"), Demonstration("a bore", "negative")]
 

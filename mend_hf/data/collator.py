@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mend_hf.config import MendConfig
 from mend_hf.demonstration_batch import DemonstrationBatch
-from mend_hf.demonstrations import Demonstration, EncodedTask, PromptEncoder, parse_demonstrations
+from mend_hf.demonstrations import Demonstration, EncodedTask, parse_demonstrations
 from mend_hf.errors import DataError
 from mend_hf.losses import IGNORE_INDEX
+from mend_hf.prompt_encoder import PromptEncoder
 
 
 class MendCollator:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mend_hf.demonstration_batch import DemonstrationBatch
-from mend_hf.demonstrations import Demonstration, PromptEncoder
+from mend_hf.demonstrations import Demonstration
 from mend_hf.errors import ConfigError
 from mend_hf.model import MendModel
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_slots, pack_right
+from mend_hf.prompt_encoder import PromptEncoder
 
 Demonstrations = Sequence[Demonstration]
 Method = Callable[[MendModel, Demonstrations], Prefix | None]

@@ -15,11 +15,11 @@ from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from mend_hf.architectures import check_positions, get_sliding_window, holds_prefix_in_cache, reads_padding
-from mend_hf.demonstrations import PromptEncoder
 from mend_hf.errors import DataError, ShapeError
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.model import MendModel
 from mend_hf.prefix import KeyValuePrefix, Prefix, continue_inputs, position_inputs, positions_of
+from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.routes.encoder import EncoderRoute
 
 OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
@@ -93,7 +93,7 @@ def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> 
 def _score_batch(
     model: MendModel, queries: list[str], options: list[Sequence[str]], prefix: Prefix | None
 ) -> list[list[float]]:
-    encoding = model.tokenize(queries)
+    encoding = model.tokenize(queries, is_alone=prefix is None)
     mask = encoding["attention_mask"]
     prompt = model.prompt
     ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
