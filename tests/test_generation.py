@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
     LogitsProcessor,
+    QuantizedCache,
     StaticCache,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -391,3 +394,28 @@ class TestGuards:
         for settings in ({"cache_implementation": "static"}, {"past_key_values": DynamicCache()}):
             with pytest.raises(ConfigError, match="one by one"):
                 windowed.generate(**windowed.tokenize(QUERIES), demonstrations=SHOTS, **settings)
+
+
+def test_a_quantised_cache_reads_as_one_that_the_text_was_read_into(tokenizer):
+    pytest.importorskip("optimum.quanto")
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    model = get_mend_model(base, MendConfig(num_virtual_tokens=2), tokenizer)
+    ids, text = model.tokenize("bad")["input_ids"], model.read(SHOTS)
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    cached = model.generate(ids, demonstrations=text, cache_implementation="quantized", **settings)
+    assert isinstance(cached.past_key_values, QuantizedCache)
+    cache = QuantizedCache("quanto", base.config)
+    [chunk] = model.prompt.encode_demonstrations([Demonstration(*shot) for shot in SHOTS]).chunks
+    base(torch.tensor([chunk.input_ids]), past_key_values=cache)
+    full = torch.cat([torch.tensor([chunk.input_ids]), ids], dim=1)
+    plain = base.generate(full, attention_mask=torch.ones_like(full), past_key_values=cache, **settings)
+    assert cached.sequences[0, ids.shape[1] :].tolist() == plain.sequences[0, full.shape[1] :].tolist()
