@@ -27,7 +27,7 @@ EXTRAS = {
     "data": ["datasets", "pyarrow", "zstandard"],
     "gguf": ["gguf"],
     "docs": ["sphinx", "myst-parser", "furo"],
-    "quantized": ["torchao", "optimum-quanto"],
+    "quantized": ["optimum-quanto"],
 }
 EXTRAS["eval"] = ["evaluate", "scikit-learn", *EXTRAS["data"]]
 EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]
