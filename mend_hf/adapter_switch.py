@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -48,6 +49,10 @@ class _SwitchedLayer:
     @property
     def disable_adapters(self) -> bool:
         return not _THREAD.adapter_is_on
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Read through the adapter, or go straight to the layer underneath: queries pay for nothing else."""
+        return super().forward(*args, **kwargs) if _THREAD.adapter_is_on else self.base_layer(*args, **kwargs)  # type: ignore[misc, attr-defined]
 
 
 @cache

@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +203,14 @@ def _check_encoder_decoder(base_model: PreTrainedModel) -> Literal["SEQ_2_SEQ_LM
 
 def accepts(model: nn.Module, argument: str) -> bool:
     """Return whether the forward pass of a model has an argument of this name."""
-    return argument in inspect.signature(model.forward).parameters
+    if "forward" in vars(model):  # compiled, or wrapped by somebody
+        return argument in inspect.signature(model.forward).parameters
+    return argument in _arguments_of(type(model).forward)
+
+
+@cache
+def _arguments_of(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def get_backbone(model: PreTrainedModel) -> PreTrainedModel:
