@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 
 class _Thread(threading.local):
@@ -43,16 +44,22 @@ def switch_by_thread(layer: BaseTunerLayer) -> None:
     layer.__class__ = _with_switch(layer_class)
 
 
-class _SwitchedLayer:
+class _SwitchedLayer(nn.Module):
     """Answers in place of peft's flag, which all threads share."""
 
     @property
     def disable_adapters(self) -> bool:
         return not _THREAD.adapter_is_on
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Read through the adapter, or go straight to the layer underneath: queries pay for nothing else."""
-        return super().forward(*args, **kwargs) if _THREAD.adapter_is_on else self.base_layer(*args, **kwargs)  # type: ignore[misc, attr-defined]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Read through the adapter, or go straight to the layer underneath: queries pay for nothing else.
+
+        Hooks that somebody put on this layer are called either way.
+        """
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        if _THREAD.adapter_is_on or any(hooks):
+            return super().__call__(*args, **kwargs)
+        return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]  # quicker than the attribute
 
 
 @cache

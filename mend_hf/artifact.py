@@ -19,7 +19,7 @@ from mend_hf.demonstrations import name_demonstration, parse_demonstrations
 from mend_hf.errors import CheckpointError, DataError
 from mend_hf.files import fetch_file, read_json, read_tensors, write_folder, write_json
 from mend_hf.pooling import pool_anchors
-from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, join_tasks, move, stack_rows
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, join_tasks, stack_rows
 from mend_hf.provenance import ChunkRecord, Provenance, provenance_from_record
 
 WEIGHTS_NAME = "distilled_demonstrations.safetensors"
@@ -139,7 +139,7 @@ class DistilledDemonstrations(PushToHubMixin):
             order += [count[0] + place for place in range(len(added))]
             count = [count[0] + len(added), count[1] + len(own)]
         device, dtype = self.chunks.mask.device, _dtype_of(self.chunks)
-        chunks = stack_rows([self.chunks, move(other.chunks, device, dtype)]).select(order)
+        chunks = stack_rows([self.chunks, other.chunks.to(device, dtype)]).select(order)
         provenance = dataclasses.replace(self.provenance, chunks=[[*own, *added] for own, added in records])
         return DistilledDemonstrations(chunks, provenance)
 

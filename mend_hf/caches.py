@@ -18,7 +18,16 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, S
 
 from mend_hf.architectures import get_sliding_window, reads_static_cache
 from mend_hf.errors import ConfigError, MissingExtraError, ShapeError
-from mend_hf.prefix import KeyValuePrefix, gather_slots, make_cache, position_inputs, positions_of
+from mend_hf.prefix import (
+    KeyValuePrefix,
+    gather_slots,
+    gather_tokens,
+    make_cache,
+    order_tokens,
+    position_inputs,
+    positions_of,
+    write_prefix,
+)
 
 DEFAULT_NEW_TOKENS = 20  # of `generate`, where neither the caller nor the model says how long
 
@@ -26,11 +35,6 @@ DEFAULT_NEW_TOKENS = 20  # of `generate`, where neither the caller nor the model
 def is_split_by_padding(model: PreTrainedModel, attention_mask: Tensor) -> bool:
     """Return whether padding of queries (B, T) would stand inside a sliding window of the model."""
     return get_sliding_window(model) is not None and not bool(attention_mask.all())
-
-
-def order_tokens_first(attention_mask: Tensor) -> Tensor:
-    """Return the order (B, T) that moves every row's padding behind its tokens, where a causal mask hides it."""
-    return torch.argsort(attention_mask.bool().logical_not().to(torch.uint8), dim=1, stable=True)
 
 
 def settle_cache(cache: Cache, mask: Tensor, model: PreTrainedModel) -> DynamicCache:
@@ -44,7 +48,7 @@ def settle_cache(cache: Cache, mask: Tensor, model: PreTrainedModel) -> DynamicC
     Returns:
         A new cache of length L.
     """
-    index = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+    index = order_tokens(mask, side="right")
     settled = DynamicCache(config=model.config)
     for layer_index, layer in enumerate(cache.layers):
         settled.update(gather_slots(layer.keys, index), gather_slots(layer.values, index), layer_index)
@@ -64,6 +68,21 @@ def count_read_tokens(cache: Cache, prefix: KeyValuePrefix) -> int:
             "what a call with these demonstrations returned, or an empty cache, which the prefix is written into."
         )
     return num_held - prefix.num_slots
+
+
+def continue_inputs(prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTrainedModel) -> dict[str, Any]:
+    """Return what a forward pass over query tokens needs beside them to go on from a prefix.
+
+    Args:
+        prefix: B rows, on the model's device.
+        attention_mask (B, T): Of the query alone.
+        model: The base model that reads.
+
+    Returns:
+        `past_key_values` with S filled slots, `attention_mask` (B, S + T) and, where the model takes them,
+        `position_ids` (B, T).
+    """
+    return {"past_key_values": make_cache(prefix, model), **go_on_inputs(prefix, attention_mask, 0, model)}
 
 
 def go_on_inputs(
@@ -100,10 +119,13 @@ def read_turned(
         **inputs: What else the model takes; tensors (B, T, ...) are turned with the mask.
 
     Returns:
-        The model's output in the turned order, its cache settled, and the order (B, T).
+        The model's output in the turned order, its cache settled, and the order (B, T), whose `argsort` undoes it.
     """
-    order = order_tokens_first(attention_mask)
-    turned = {name: _take(value, order) if _is_per_token(value, order) else value for name, value in inputs.items()}
+    order = order_tokens(attention_mask, side="left")
+    per_token = {
+        name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:2] == order.shape
+    }
+    turned = inputs | {name: gather_tokens(value, order) for name, value in per_token.items()}
     mask = attention_mask.gather(1, order)
     whole = torch.cat([prefix.mask.to(mask.dtype), mask], dim=1)
     output = model(
@@ -112,22 +134,9 @@ def read_turned(
         **position_inputs(model, positions_of(mask, prefix.next_positions)),
         past_key_values=make_cache(prefix),
     )
-    if output.past_key_values is not None:
+    if output.get("past_key_values") is not None:
         output.past_key_values = settle_cache(output.past_key_values, whole, model)
     return output, order
-
-
-def turn_back(states: Tensor, order: Tensor) -> Tensor:
-    """Return states (B, T, ...) of a turned pass in the order in which the user gave the tokens."""
-    return _take(states, order.argsort(dim=1))
-
-
-def _is_per_token(value: Any, order: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape[:2] == order.shape
-
-
-def _take(states: Tensor, order: Tensor) -> Tensor:
-    return states.gather(1, order.reshape(*order.shape, *[1] * (states.dim() - 2)).expand_as(states))
 
 
 def count_copies(model: PreTrainedModel, generation: Mapping[str, Any]) -> int:
@@ -219,9 +228,7 @@ def fill_cache(cache: Cache, prefix: KeyValuePrefix, model: PreTrainedModel) -> 
     """
     if isinstance(cache, StaticCache):
         check_static_cache(model)
-    for layer_index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        cache.update(keys, values, layer_index)
-    return cache
+    return write_prefix(cache, prefix)
 
 
 def repeat_rows(prefix: KeyValuePrefix, num_copies: int) -> KeyValuePrefix:

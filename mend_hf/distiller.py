@@ -38,8 +38,10 @@ from mend_hf.prefix import (
     KeyValuePrefix,
     Prefix,
     gather_slots,
+    gather_tokens,
     join_tasks,
     make_cache,
+    order_tokens,
     pack_right,
     position_inputs,
     positions_of,
@@ -249,10 +251,9 @@ class DemonstrationDistiller(nn.Module):
             positions = positions_of(mask)
             output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions)
             return output.last_hidden_state
-        order = torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
-        embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
-        states = self._backbone(inputs_embeds=embeddings, attention_mask=mask.gather(1, order)).last_hidden_state
-        return states.gather(1, order.argsort(1)[..., None].expand_as(states))
+        order = order_tokens(mask, side="left")
+        output = self._backbone(inputs_embeds=gather_tokens(embeddings, order), attention_mask=mask.gather(1, order))
+        return gather_tokens(output.last_hidden_state, order.argsort(1))
 
     def _read_keys_and_values(
         self, embeddings: Tensor, mask: Tensor, labels: Tensor, text_mask: Tensor, past: KeyValuePrefix | None

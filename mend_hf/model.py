@@ -15,10 +15,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import (
-    check_generates,
-    check_pooling,
-)
+from mend_hf.architectures import check_generates, check_pooling
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
@@ -152,7 +149,7 @@ class MendModel(WrappedModel):
             What the base model returns, with logits for the T query positions only; an encoder-decoder's logits are
             its decoder's, and it needs `labels` or `decoder_input_ids`.
         """
-        if demo_input_ids is None:
+        if demo_input_ids is None or self._binding.is_disabled:
             prefix = self._resolve(demonstrations)
         else:
             columns = (demo_input_ids, demo_attention_mask, demo_anchor_mask, demo_task_rows)
@@ -160,7 +157,7 @@ class MendModel(WrappedModel):
         query = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if labels is not None:
             kwargs["labels"] = labels
-        if query is None or prefix is None or self._binding.is_disabled:
+        if query is None or prefix is None:
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         prefix = self.route.prepare(prefix)
         if query_task_rows is not None:
@@ -201,7 +198,7 @@ class MendModel(WrappedModel):
         if given is not None and not isinstance(given, Tensor):
             given, attention_mask = self.tokenize(given, is_alone=self._is_alone(demonstrations)).values()
         prefix = self._resolve(demonstrations)
-        if prefix is None or self._binding.is_disabled:
+        if prefix is None:
             masks = {} if attention_mask is None else {"attention_mask": attention_mask}
             return self.base_model.generate(given, **masks, **generation)
         query = generation.get("inputs_embeds") if given is None else given

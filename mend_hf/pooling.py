@@ -16,6 +16,7 @@ Shapes: B tasks, N and D as in the distiller, S slots, M slots after pooling, H 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -46,9 +47,14 @@ def label_anchors(input_ids: Tensor, anchor_mask: Tensor) -> Tensor:
             if place < len(ids) and is_anchor[place]:
                 continue
             for token in range(start, place):
-                labels[row, token] = int(hash_json([ids[start:place], token - start])[:15], 16) + 1
+                labels[row, token] = _label(tuple(ids[start:place]), token - start)
             start = place + 1
     return labels.to(input_ids.device)
+
+
+@lru_cache(maxsize=4096)  # a task has few answers, and they come again and again
+def _label(answer_ids: tuple[int, ...], place: int) -> int:
+    return int(hash_json([list(answer_ids), place])[:15], 16) + 1
 
 
 def pool_anchors(prefix: KeyValuePrefix, max_slots: int, method: Literal["label", "similarity"]) -> KeyValuePrefix:

@@ -9,15 +9,17 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
 from mend_hf.errors import ShapeError
+
+CacheType = TypeVar("CacheType", bound=Cache)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class KeyValuePrefix:
             self.labels.expand(num_rows, -1),
         )
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> KeyValuePrefix:
+        """Return the prefix on a device, its keys and values in a floating-point type."""
+        labels = None if self.anchor_labels is None else self.anchor_labels.to(device)
+        layers = map_layers(lambda states: states.to(device, dtype), self)
+        return KeyValuePrefix(*layers, self.mask.to(device), self.next_positions.to(device), labels)
+
 
 @dataclass(frozen=True)
 class EmbeddingPrefix:
@@ -117,6 +125,10 @@ class EmbeddingPrefix:
         """Return the one row of this prefix seen `num_rows` times, without copying it."""
         return EmbeddingPrefix(self.vectors.expand(num_rows, -1, -1), self.mask.expand(num_rows, -1))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingPrefix:
+        """Return the prefix on a device, its vectors in a floating-point type."""
+        return EmbeddingPrefix(self.vectors.to(device, dtype), self.mask.to(device))
+
 
 Prefix = KeyValuePrefix | EmbeddingPrefix
 
@@ -144,7 +156,7 @@ def join_chunks(prefixes: Sequence[Prefix]) -> Prefix:
         vectors = torch.cat([prefix.vectors for prefix in prefixes if isinstance(prefix, EmbeddingPrefix)], dim=1)
         mask = torch.cat([prefix.mask for prefix in prefixes], dim=1)
         index, mask = pack_right(mask)
-        return EmbeddingPrefix(vectors.gather(1, index[..., None].expand(-1, -1, vectors.shape[-1])), mask)
+        return EmbeddingPrefix(gather_tokens(vectors, index), mask)
     parts = [prefix for prefix in prefixes if isinstance(prefix, KeyValuePrefix)]
     has_sink = parts[0].mask.any(1)  # [B]
     masks = [parts[0].mask]
@@ -207,7 +219,7 @@ def pack_right(keep: Tensor) -> tuple[Tensor, Tensor]:
         keeps fewer.
     """
     num_slots = int(keep.sum(1).max())
-    index = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)[:, keep.shape[1] - num_slots :]
+    index = order_tokens(keep, side="right")[:, keep.shape[1] - num_slots :]
     return index, keep.gather(1, index)
 
 
@@ -222,8 +234,24 @@ def pack_left(mask: Tensor) -> tuple[Tensor, Tensor]:
         is 0 where a row has fewer.
     """
     num_positions = int((mask != 0).sum(1).max())
-    index = torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)[:, :num_positions]
+    index = order_tokens(mask, side="left")[:, :num_positions]
     return index, mask.gather(1, index)
+
+
+def order_tokens(mask: Tensor, *, side: Literal["left", "right"]) -> Tensor:
+    """Return the order (B, N) that moves what counts to one side of every row, and padding to the other.
+
+    Args:
+        mask (B, N): 1 or True where a position counts.
+        side: Where what counts goes to; on the left a causal mask hides the padding from it.
+    """
+    goes_last = mask.bool() if side == "right" else mask == 0
+    return torch.argsort(goes_last.to(torch.uint8), dim=1, stable=True)
+
+
+def gather_tokens(states: Tensor, index: Tensor) -> Tensor:
+    """Pick positions of states (B, N, ...) of tokens by indices (B, S), and return (B, S, ...)."""
+    return states.gather(1, index.reshape(*index.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:]))
 
 
 def gather_slots(states: Tensor, index: Tensor) -> Tensor:
@@ -314,41 +342,14 @@ def make_cache(prefix: KeyValuePrefix, model: PreTrainedModel | None = None) -> 
         prefix: What it holds.
         model: Decides which layers forget what a sliding window has left behind; None: every layer keeps everything.
     """
-    cache = DynamicCache() if model is None else DynamicCache(config=model.config)
+    return write_prefix(DynamicCache() if model is None else DynamicCache(config=model.config), prefix)
+
+
+def write_prefix(cache: CacheType, prefix: KeyValuePrefix) -> CacheType:
+    """Write the prefix behind what a cache holds, and return the cache."""
     for layer_index, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         cache.update(keys, values, layer_index)
     return cache
-
-
-def continue_inputs(prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a forward pass over query tokens needs beside them to go on from a prefix.
-
-    Args:
-        prefix: B rows, on the model's device.
-        attention_mask (B, T): Of the query alone.
-        model: The base model that reads.
-
-    Returns:
-        `past_key_values` with S filled slots, `attention_mask` (B, S + T) and, where the model takes them,
-        `position_ids` (B, T).
-    """
-    return {
-        "past_key_values": make_cache(prefix, model),
-        "attention_mask": torch.cat([prefix.mask.to(attention_mask.dtype), attention_mask], dim=1),
-        **position_inputs(model, positions_of(attention_mask, prefix.next_positions)),
-    }
-
-
-def move(prefix: Prefix, device: torch.device, dtype: torch.dtype) -> Prefix:
-    """Return the prefix on a device, its tensors in a floating-point type; itself where nothing changes."""
-    if isinstance(prefix, EmbeddingPrefix):
-        return replace(prefix, vectors=prefix.vectors.to(device, dtype), mask=prefix.mask.to(device))
-    return KeyValuePrefix(
-        *map_layers(lambda states: states.to(device, dtype), prefix),
-        prefix.mask.to(device),
-        prefix.next_positions.to(device),
-        prefix.labels.to(device),
-    )
 
 
 def _pad_left(tensor: Tensor, length: int, dim: int) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from build_tokenizer import FOLDER
 from tiny_encoder_decoders import build_tiny_encoder_decoder
-from tiny_models import build_tiny_model
+from tiny_models import build_tiny_model, ids_of
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from weights import load_smollm2
 
@@ -21,25 +22,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], PreTrainedModel]:
     """A function from a name in `tiny_models.TINY_MODELS` to a new model, equal at every call."""
-    return lambda name: build_tiny_model(
-        name,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    return partial(build_tiny_model, **ids_of(tokenizer))
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], PreTrainedModel]:
     """A function from a name in `tiny_encoder_decoders.TINY_ENCODER_DECODERS` to a new model, equal at every call."""
-    return lambda name: build_tiny_encoder_decoder(
-        name,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    return partial(build_tiny_encoder_decoder, **ids_of(tokenizer))
 
 
 @pytest.fixture(scope="session")

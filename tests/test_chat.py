@@ -10,7 +10,7 @@ import pytest
 import torch
 from build_tokenizer import FOLDER
 from command_line import run_mend
-from tiny_models import build_tiny_model
+from tiny_models import build_tiny_model, ids_of
 from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerBase
 
 from mend_hf import Demonstration, DistilledDemonstrations, MendConfig, get_mend_model
@@ -84,9 +84,8 @@ def ids_of_the_template(tokenizer: PreTrainedTokenizerBase, shots: Any, query: s
 
 def wrap(name: str, form: str = "kv", base: str = "llama", **settings: Any) -> Any:
     tokenizer = chat_tokenizer(TEMPLATES[name])
-    ids = {kind: getattr(tokenizer, kind) for kind in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = MendConfig(prompt_format="chat", prefix_form=form, num_virtual_tokens=4, lora_r=2, **settings)
-    return get_mend_model(build_tiny_model(base, vocab_size=len(tokenizer), **ids), config, tokenizer).eval()
+    return get_mend_model(build_tiny_model(base, **ids_of(tokenizer)), config, tokenizer).eval()
 
 
 @every_template

@@ -12,8 +12,9 @@ from contextvars import copy_context
 
 import pytest
 import torch
+from tiny_models import wrap_tiny_model
 
-from mend_hf import MendConfig, MendModel, get_mend_model
+from mend_hf import MendModel
 
 SHOTS = [("great film", "positive"), ("a bore", "negative")]
 TASKS = [SHOTS, [("good food", "negative"), ("bad film", "positive"), ("funny", "negative")]]
@@ -22,12 +23,8 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 def build(tiny_model, tokenizer, name="llama", form="kv"):
-    torch.manual_seed(0)
-    model = get_mend_model(tiny_model(name), MendConfig(num_virtual_tokens=3, prefix_form=form), tokenizer)
-    with torch.no_grad():
-        for _, parameter in model.distiller.trained_tensors():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
+    settings = {"num_virtual_tokens": 3, "prefix_form": form}
+    return wrap_tiny_model(tiny_model(name), tokenizer, seed=0, spread=0.1, **settings)
 
 
 @pytest.fixture
@@ -242,3 +239,16 @@ def test_a_compiled_layer_is_read_past_its_adapter_and_distilled_through_it(mode
 
     assert check()
     assert run_together(check, check) == [True, True]
+
+
+def test_hooks_on_a_layer_with_an_adapter_are_called_on_and_off(model):
+    layer, calls = model.distiller.adapter_layers()[0], []
+    expected = model(**model.tokenize(QUERY)).logits
+    handle = layer.register_forward_hook(lambda *_: calls.append("seen"))
+    assert model(**model.tokenize(QUERY)).logits.equal(expected)
+    assert len(calls) == 1
+    model.distill(SHOTS)
+    assert len(calls) == 2
+    handle.remove()
+    assert model(**model.tokenize(QUERY)).logits.equal(expected)
+    assert len(calls) == 2

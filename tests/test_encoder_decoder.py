@@ -7,6 +7,7 @@ import pytest
 import torch
 from command_line import run_mend
 from tiny_encoder_decoders import MAX_POSITIONS, TINY_ENCODER_DECODERS
+from tiny_models import wrap_tiny_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, WhisperConfig, WhisperForConditionalGeneration
 
@@ -55,12 +56,7 @@ def ending_tokenizer(tokenizer):
 
 
 def wrap(base, tokenizer, **settings):
-    torch.manual_seed(7)
-    model = get_mend_model(base, MendConfig(num_virtual_tokens=4, lora_r=4, **settings), tokenizer)
-    with torch.no_grad():
-        for _, parameter in model.distiller.trained_tensors():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.eval()
+    return wrap_tiny_model(base, tokenizer, num_virtual_tokens=4, lora_r=4, **settings)
 
 
 def short(model, **settings):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import wrap_tiny_model
 
 from mend_hf import Demonstration, DistilledDemonstrations, MendConfig, MendModel, get_mend_model
 from mend_hf.prefix import EmbeddingPrefix, make_cache, read_embeddings
@@ -20,12 +21,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def wrap(base, tokenizer, form="kv", **settings):
-    torch.manual_seed(7)
-    model = get_mend_model(base, MendConfig(num_virtual_tokens=4, prefix_form=form, **settings), tokenizer)
-    with torch.no_grad():
-        for parameter in dict(model.distiller.trained_tensors()).values():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.eval()
+    return wrap_tiny_model(base, tokenizer, num_virtual_tokens=4, prefix_form=form, **settings)
 
 
 @pytest.fixture(params=FAMILIES)

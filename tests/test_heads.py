@@ -112,6 +112,49 @@ def test_a_batch_is_classified_as_each_row_alone(tiny_model, tokenizer, name, fo
         torch.testing.assert_close(together[row], alone, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:A query of")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("name", "task_type"),
+    [
+        *((name, "FEATURE_EXTRACTION") for name in ("mistral", "gemma3_text", "gpt_neo", "jamba", "qwen3_next")),
+        *((name, "SEQ_CLS") for name in ("mistral", "gemma3_text", "gpt_neo", "jamba", "qwen3_next")),
+        *((name, "TOKEN_CLS") for name in ("mistral", "gpt_neo", "qwen3_next")),
+        *((name, "QUESTION_ANS") for name in ("mistral", "qwen3_next")),
+    ],
+)
+def test_padded_rows_equal_each_alone_under_windows_and_without_slots(tiny_model, tokenizer, name, task_type, side):
+    model = wrap(tiny_model, tokenizer, name, task_type, form="embeds")
+    distilled, batch = model.distill(SHOTS), pad(model, side)
+    together = output_of(model, **batch, demonstrations=distilled)
+    for row, query in enumerate(QUERIES):
+        alone = output_of(model, **model.tokenize(query), demonstrations=distilled)[0]
+        own = together[row] if task_type == "SEQ_CLS" else together[row, batch["attention_mask"][row].bool()]
+        torch.testing.assert_close(own, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "jamba"])
+def test_the_heads_own_loss_is_that_of_the_rows_alone(tiny_model, tokenizer, name):
+    model = wrap(tiny_model, tokenizer, name, form="embeds")
+    distilled, labels = model.distill(SHOTS), torch.tensor([2, 0, 1])
+    loss = model(**pad(model, "left"), labels=labels, demonstrations=distilled).loss
+    alone = [
+        model(**model.tokenize(query), labels=labels[row : row + 1], demonstrations=distilled).loss
+        for row, query in enumerate(QUERIES)
+    ]
+    torch.testing.assert_close(loss, torch.stack(alone).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_places_and_embeddings_that_a_head_would_take_wrongly_are_refused(tiny_model, tokenizer):
+    model = wrap(tiny_model, tokenizer, "mistral", "QUESTION_ANS", form="embeds")
+    batch, places = pad(model, "left"), torch.tensor([0, 1, 2])
+    with pytest.raises(ConfigError, match="compute the loss from the logits"):
+        model(**batch, start_positions=places, end_positions=places, demonstrations=SHOTS)
+    embeddings = model.base_model.get_input_embeddings()(batch.pop("input_ids"))
+    with pytest.raises(ConfigError, match="one by one"):
+        model(inputs_embeds=embeddings, **batch, demonstrations=SHOTS)
+
+
 def test_without_demonstrations_it_is_the_base_model_bit_for_bit(tiny_model, tokenizer):
     for task_type in HEADS:
         model = wrap(tiny_model, tokenizer, "llama", task_type)

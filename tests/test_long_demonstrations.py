@@ -6,9 +6,8 @@ import functools
 
 import pytest
 import torch
-from tiny_models import MAX_POSITIONS
+from tiny_models import MAX_POSITIONS, wrap_tiny_model
 
-from mend_hf import MendConfig, get_mend_model
 from mend_hf.errors import ShapeError
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive"), ("bad food", "negative")]
@@ -19,13 +18,8 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def wrap(base, tokenizer, **settings):
-    torch.manual_seed(3)
     defaults = {"num_virtual_tokens": 2, "overflow": "concat", "max_distiller_tokens": MAX_POSITIONS - 100}
-    model = get_mend_model(base, MendConfig(**defaults | settings), tokenizer).eval()
-    with torch.no_grad():
-        for _, parameter in model.distiller.trained_tensors():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
+    return wrap_tiny_model(base, tokenizer, seed=3, **defaults | settings)
 
 
 def many(tokenizer, num_tokens):

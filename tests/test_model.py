@@ -266,6 +266,14 @@ def test_gradients_flow_through_the_columns_of_the_collator(model):
     torch.testing.assert_close(raw.loss, loss)
 
 
+def test_nothing_is_distilled_while_the_adapter_is_disabled(model, monkeypatch):
+    ids = model.tokenize("bad")["input_ids"]
+    expected = model(ids).logits
+    monkeypatch.setattr(model.distiller, "forward", None)
+    with model.disable_adapter():
+        assert model(ids, demo_input_ids=ids).logits.equal(expected)
+
+
 def test_the_language_model_head_reads_contiguous_states_while_wrapped(model):
     head, seen = model.base_model.get_output_embeddings(), []
     head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].is_contiguous()))

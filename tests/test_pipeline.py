@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from tiny_models import wrap_tiny_model
 from transformers import pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines import base as pipelines_base
@@ -29,12 +30,8 @@ OPTIONS = ["positive", "negative", "the film"]
 
 
 def build(tiny_model, tokenizer, name="llama", form="kv"):
-    torch.manual_seed(0)
-    model = get_mend_model(tiny_model(name), MendConfig(num_virtual_tokens=3, prefix_form=form), tokenizer)
-    with torch.no_grad():
-        for _, parameter in model.distiller.trained_tensors():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.eval()
+    settings = {"num_virtual_tokens": 3, "prefix_form": form}
+    return wrap_tiny_model(tiny_model(name), tokenizer, seed=0, spread=0.05, **settings)
 
 
 @pytest.fixture

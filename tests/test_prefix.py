@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mend_hf import MendConfig, get_mend_model
+from mend_hf.caches import continue_inputs
 from mend_hf.distiller import DemonstrationBatch
 from mend_hf.errors import ShapeError
 from mend_hf.prefix import (
     EmbeddingPrefix,
     KeyValuePrefix,
-    continue_inputs,
     gather_slots,
     join_chunks,
     make_cache,

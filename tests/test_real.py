@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mend_hf import Demonstration, MendCollator, MendConfig, MendModel, get_mend_model
+from mend_hf.caches import continue_inputs
 from mend_hf.data.metaicl import FewShotDataset, load_tasks, sample_demonstrations
 from mend_hf.evaluation.scoring import score_options
 from mend_hf.losses import kd_loss
-from mend_hf.prefix import continue_inputs
 
 pytestmark = pytest.mark.real
 

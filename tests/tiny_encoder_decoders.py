@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny_models import make_model
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -63,14 +64,9 @@ def build_tiny_encoder_decoder(
     config = _CONFIGS[family](
         vocab_size=vocab_size, pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id
     )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+    model = make_model(AutoModelForSeq2SeqLM, config)
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and parameter.requires_grad:
-                parameter.normal_(std=0.3)
-                if name.endswith(".q.weight"):  # T5's attention leaves the division by the head's width to its weights
-                    parameter.mul_(config.d_kv**-0.5)
-            elif parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            if name.endswith(".q.weight"):  # T5's attention leaves the division by the head's width to its weights
+                parameter.mul_(config.d_kv**-0.5)
     return model

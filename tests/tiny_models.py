@@ -32,6 +32,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -39,6 +40,8 @@ from transformers import (
     Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
+
+from mend_hf import MendConfig, MendModel, get_mend_model
 
 MAX_POSITIONS = 512
 
@@ -179,12 +182,45 @@ def build_tiny_model(
     config = _CONFIGS[name](
         vocab_size=vocab_size, pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id
     )
+    return make_model(AutoModelForCausalLM, config)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return what a config has to know of a tokenizer."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+
+
+def make_model(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model of a config, equal at every call, whose weights are large enough to be told apart."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = auto_class.from_config(config, dtype=torch.float32).eval()
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+def wrap_tiny_model(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 7, spread: float = 0.05, **settings: Any
+) -> MendModel:
+    """Return a base model with a distiller that training seems to have changed, equal at every call.
+
+    Args:
+        base: From `build_tiny_model`.
+        tokenizer: Its tokenizer.
+        seed: Fixes the distiller.
+        spread: How far its weights are from a newborn's.
+        **settings: Of `MendConfig`.
+    """
+    torch.manual_seed(seed)
+    model = get_mend_model(base, MendConfig(**settings), tokenizer)
+    with torch.no_grad():
+        for _, parameter in model.distiller.trained_tensors():
+            parameter.add_(torch.randn_like(parameter), alpha=spread)
+    return model.eval()

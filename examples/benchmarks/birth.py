@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mend_hf import MendCollator, MendConfig, MendModel, get_mend_model
+from mend_hf.caches import continue_inputs
 from mend_hf.data.metaicl import FewShotDataset, load_tasks
 from mend_hf.losses import kd_loss, nll_loss
-from mend_hf.prefix import KeyValuePrefix, continue_inputs
+from mend_hf.prefix import KeyValuePrefix
 
 sys.path.append(str(Path(__file__).parents[1]))
 from weights import load_smollm2

@@ -35,7 +35,7 @@ from build_tokenizer import FOLDER
 from family_checks import Family, Measured
 from peft_checks import SoftPrompt
 from tiny_encoder_decoders import TINY_ENCODER_DECODERS
-from tiny_models import TINY_MODELS, build_tiny_model
+from tiny_models import TINY_MODELS, build_tiny_model, ids_of
 
 ROOT = Path(__file__).parents[2]
 INTRODUCTION = """\
@@ -178,8 +178,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    build = partial(build_tiny_model, vocab_size=len(tokenizer), **ids)
+    build = partial(build_tiny_model, **ids_of(tokenizer))
 
     notes: list[str] = []
     rows = [

@@ -8,8 +8,9 @@ its own in every row.
 
 Every round runs all of them in another order; times are medians over the rounds, ratios medians of the rounds' ratios,
 so that other work on the machine slows both sides. The last line is `RESULT serving_overhead=... icl_speedup=...
-mixed_tasks_ratio=... distil_ratio=...`: (c)/(d), the worse of the two batch sizes, and (a)/(c) of one query, both to
-the first token; (c')/(c); and distilling against one forward pass of the distiller over as many tokens.
+mixed_tasks_ratio=... distil_ratio=...`: (c)/(d), the worse of the two batch sizes, in rounds of their own, and (a)/(c)
+of one query, both to the first token; (c')/(c); and distilling against one forward pass of the distiller over as many
+tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +38,14 @@ from weights import load_smollm2
 
 EXAMPLES = Path(__file__).parents[1]
 BATCH_SIZES = (1, 8)
+AGAIN, KEPT, MEND, FLOOR, MIXED = (
+    "(a) text, read every time",
+    "(b) text, kept in a cache",
+    "(c) MEND",
+    "(d) floor",
+    f"(c') MEND, {max(BATCH_SIZES)} tasks",
+)
+PAIR_ROUNDS = 8  # as many rounds more for (c) against (d), which differ by less than one round's noise
 MANY_TOKENS = 9  # generated for the time per token, which is that of all but the first
 QUERY = "The printer on the second floor is out of paper again."
 
@@ -59,39 +69,49 @@ def fill_cache(model: MendModel, distilled: DistilledDemonstrations, batch_size:
     return cache
 
 
+@dataclass
+class Prefixes:
+    """The prefixes that are compared, made once: of one task as text and distilled, and of every task distilled."""
+
+    text: DistilledDemonstrations
+    task: DistilledDemonstrations
+    tasks: DistilledDemonstrations
+    text_ids: list[int]
+
+    @classmethod
+    def make(cls, model: MendModel, tasks: list[list[Demonstration]]) -> Prefixes:
+        """Read and distil the demonstrations of the first task, and distil all of them."""
+        [chunk] = model.prompt.encode_demonstrations(tasks[0]).chunks
+        return cls(model.read(tasks[0]), model.distill(tasks[0]), model.distill(tasks), chunk.input_ids)
+
+
 def make_routes(
-    bare: PreTrainedModel, model: MendModel, tasks: list[list[Demonstration]], ids: torch.Tensor, settings: dict
-) -> tuple[dict[str, Step], dict[str, float]]:
-    """Return the routes, each of which generates for a batch of queries, and the bytes of their prefixes."""
+    bare: PreTrainedModel, model: MendModel, prefixes: Prefixes, ids: torch.Tensor, num_new_tokens: int
+) -> dict[str, Step]:
+    """Return the routes, each of which generates so many tokens for a batch of queries."""
     batch_size = ids.shape[0]
-    text, distilled = model.read(tasks[0]), model.distill(tasks[0])
-    each_its_own = model.distill(tasks)
-    [chunk] = model.prompt.encode_demonstrations(tasks[0]).chunks
-    whole = torch.cat([torch.tensor([chunk.input_ids], device=ids.device).expand(batch_size, -1), ids], dim=1)
-    covering = ids.new_ones(batch_size, distilled.num_slots + ids.shape[1])
+    text_ids = torch.tensor([prefixes.text_ids], device=ids.device).expand(batch_size, -1)
+    whole = torch.cat([text_ids, ids], dim=1)
+    covering = ids.new_ones(batch_size, prefixes.task.num_slots + ids.shape[1])
+    settings = dict.fromkeys(("max_new_tokens", "min_new_tokens"), num_new_tokens)
+    settings |= {"do_sample": False, "pad_token_id": 0}
 
     def read_again() -> None:
         bare.generate(whole, attention_mask=torch.ones_like(whole), **settings)
 
     def floor() -> None:
-        cache = fill_cache(model, distilled, batch_size)
+        cache = fill_cache(model, prefixes.task, batch_size)
         bare.generate(ids, attention_mask=covering, past_key_values=cache, **settings)
 
     routes: dict[str, Step] = {
-        "(a) text, read every time": read_again,
-        "(b) text, kept in a cache": lambda: model.generate(ids, demonstrations=text, **settings),
-        "(c) MEND": lambda: model.generate(ids, demonstrations=distilled, **settings),
-        "(d) floor": floor,
+        AGAIN: read_again,
+        KEPT: lambda: model.generate(ids, demonstrations=prefixes.text, **settings),
+        MEND: lambda: model.generate(ids, demonstrations=prefixes.task, **settings),
+        FLOOR: floor,
     }
-    sizes = dict.fromkeys(routes, distilled.num_bytes) | {
-        "(a) text, read every time": 0,
-        "(b) text, kept in a cache": text.num_bytes,
-    }
-    if batch_size == len(tasks):
-        name = f"(c') MEND, {batch_size} tasks"
-        routes[name] = lambda: model.generate(ids, demonstrations=each_its_own, **settings)
-        sizes[name] = each_its_own.num_bytes
-    return routes, sizes
+    if batch_size == len(prefixes.tasks):
+        routes[MIXED] = lambda: model.generate(ids, demonstrations=prefixes.tasks, **settings)
+    return routes
 
 
 def make_distilling(model: MendModel, demonstrations: list[Demonstration]) -> dict[str, Step]:
@@ -129,9 +149,25 @@ def _now() -> float:
 
 
 def compare(times: dict[str, list[float]], one: str, other: str) -> float:
-    """Return the median of the rounds' ratios of two steps whose names begin so."""
-    pairs = [next(times[name] for name in times if name.startswith(start)) for start in (one, other)]
-    return statistics.median(a / b for a, b in zip(*pairs, strict=True))
+    """Return the median of the rounds' ratios of two steps."""
+    return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+
+
+def to_table(first: dict[int, dict], many: dict[int, dict], prefixes: Prefixes) -> Table:
+    """Return milliseconds to the first token and for each of the next ones, by batch size, and the prefixes' sizes."""
+    units = [f"batch {size}: {unit}" for size in BATCH_SIZES for unit in ("first, ms", "next, ms")]
+    table = Table("", *units, "prefix MB")
+    sizes = {AGAIN: 0, KEPT: prefixes.text.num_bytes, MIXED: prefixes.tasks.num_bytes}
+    for name in (AGAIN, KEPT, MEND, FLOOR, MIXED):
+        cells = []
+        for size in BATCH_SIZES:
+            if name not in first[size]:
+                cells += ["", ""]
+                continue
+            start, end = (statistics.median(times[size][name]) for times in (first, many))
+            cells += [f"{start:.1f}", f"{(end - start) / (MANY_TOKENS - 1):.1f}"]
+        table.add_row(name, *cells, f"{sizes.get(name, prefixes.task.num_bytes) / 1e6:.1f}")
+    return table
 
 
 def main() -> None:
@@ -153,41 +189,28 @@ def main() -> None:
     if args.compile:
         bare.forward, base.forward = (torch.compile(each.forward, dynamic=True) for each in (bare, base))
     tasks = [pick_demonstrations(model, args.num_tokens, seed) for seed in range(max(BATCH_SIZES))]
-    query = model.tokenize(QUERY)["input_ids"]
-    table = Table(
-        "", *(f"batch {size}: {unit}" for size in BATCH_SIZES for unit in ("first, ms", "next, ms")), "prefix MB"
+    prefixes, query = Prefixes.make(model, tasks), model.tokenize(QUERY)["input_ids"]
+    first, many = (
+        {
+            size: time_rounds(make_routes(bare, model, prefixes, query.expand(size, -1), number), args.num_rounds)
+            for size in BATCH_SIZES
+        }
+        for number in (1, MANY_TOKENS)
     )
-    cells: dict[str, list[str]] = {}
-    overheads, speedup, mixed, megabytes = [], 0.0, 0.0, {}
+    overheads = []
     for size in BATCH_SIZES:
-        ids, lengths = query.expand(size, -1), {}
-        for number in (1, MANY_TOKENS):
-            settings = {"max_new_tokens": number, "min_new_tokens": number, "do_sample": False, "pad_token_id": 0}
-            routes, sizes = make_routes(bare, model, tasks, ids, settings)
-            lengths[number] = time_rounds(routes, args.num_rounds)
-            megabytes |= {name: sizes[name] / 1e6 for name in routes}
-        first = lengths[1]
-        for name, times in first.items():
-            rest = (statistics.median(lengths[MANY_TOKENS][name]) - statistics.median(times)) / (MANY_TOKENS - 1)
-            cells.setdefault(name, [""] * 2 * BATCH_SIZES.index(size)).extend(
-                [f"{statistics.median(times):.1f}", f"{rest:.1f}"]
-            )
-        overheads.append(compare(first, "(c) ", "(d)"))
-        if size == 1:
-            speedup = compare(first, "(a)", "(c) ")
-        else:
-            mixed = compare(first, "(c')", "(c) ")
-    for name, values in cells.items():
-        table.add_row(name, *values, f"{megabytes[name]:.1f}")
+        routes = make_routes(bare, model, prefixes, query.expand(size, -1), 1)
+        pair = {name: routes[name] for name in (MEND, FLOOR)}
+        overheads.append(compare(time_rounds(pair, PAIR_ROUNDS * args.num_rounds), MEND, FLOOR))
     distilling = time_rounds(make_distilling(model, tasks[0]), args.num_rounds)
     console = Console()
-    console.print(table)
+    console.print(to_table(first, many, prefixes))
     for name, times in distilling.items():
         console.print(f"{name}: {statistics.median(times):.0f} ms")
     ratios = {
         "serving_overhead": max(overheads),
-        "icl_speedup": speedup,
-        "mixed_tasks_ratio": mixed,
+        "icl_speedup": compare(first[1], AGAIN, MEND),
+        "mixed_tasks_ratio": compare(first[max(BATCH_SIZES)], MIXED, MEND),
         "distil_ratio": compare(distilling, "distilling", "one forward"),
     }
     print("RESULT", *(f"{name}={value:.3f}" for name, value in ratios.items()))

@@ -15,10 +15,11 @@ from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from mend_hf.architectures import check_positions, get_sliding_window, holds_prefix_in_cache, reads_padding
+from mend_hf.caches import continue_inputs
 from mend_hf.errors import DataError, ShapeError
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.model import MendModel
-from mend_hf.prefix import KeyValuePrefix, Prefix, continue_inputs, position_inputs, positions_of
+from mend_hf.prefix import KeyValuePrefix, Prefix, position_inputs, positions_of
 from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.routes.encoder import EncoderRoute
 
@@ -100,7 +101,7 @@ def _score_batch(
     num_at_once = OPTIONS_PER_QUERY * len(queries)
     parts = [ids[start : start + num_at_once] for start in range(0, len(ids), num_at_once)]
     if isinstance(model.route, EncoderRoute):
-        return _split(_score_by_decoder(model.route, prompt, prefix, encoding, ids), options)
+        return _split(_score_by_decoder(model.route, prompt, prefix, encoding, parts), options)
     if not holds_prefix_in_cache(model.base_model):
         means = [mean for part in parts for mean in _score_in_one_piece(model, encoding, part, prefix)]
         return _split(means, options)
@@ -134,7 +135,7 @@ def _score_by_decoder(
     prompt: PromptEncoder,
     prefix: Prefix | None,
     encoding: BatchEncoding,
-    ids: list[tuple[int, list[int]]],
+    parts: list[list[tuple[int, list[int]]]],
 ) -> list[float]:
     """Return every option's mean log-likelihood a token; what the encoder read of a query serves all its options.
 
@@ -144,9 +145,7 @@ def _score_by_decoder(
     read = route.encode(prefix, encoding["input_ids"], encoding["attention_mask"])
     states, mask = read["encoder_outputs"].last_hidden_state, read["attention_mask"]
     means: list[float] = []
-    num_at_once = OPTIONS_PER_QUERY * len(mask)
-    for start in range(0, len(ids), num_at_once):
-        part = ids[start : start + num_at_once]
+    for part in parts:
         rows = torch.tensor([row for row, _ in part], device=mask.device)  # [O]
         labels = _pad_right([before + answer + behind for _, answer in part], IGNORE_INDEX).to(mask.device)  # [O, A]
         counted = _pad_right([[0] * len(before) + [1] * len(answer) for _, answer in part], 0).to(mask.device)
@@ -155,9 +154,7 @@ def _score_by_decoder(
             attention_mask=mask[rows],
             **route.target_inputs(labels),
         ).logits[:, : counted.shape[1]]
-        labels = labels[:, : counted.shape[1]].clamp(min=0)
-        chosen = logits.float().log_softmax(-1).gather(2, labels[..., None]).squeeze(2)  # [O, A]
-        means += ((chosen * counted).sum(1) / counted.sum(1)).tolist()
+        means += _mean_log_likelihood(logits, labels[:, : counted.shape[1]].masked_fill(counted == 0, IGNORE_INDEX))
     return means
 
 

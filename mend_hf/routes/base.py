@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mend_hf.errors import ShapeError
+from mend_hf.errors import ConfigError, ShapeError
 from mend_hf.prefix import Prefix
+
+_TOKEN_OUTPUTS = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}
 
 
 class Route(ABC):
@@ -64,6 +67,33 @@ class Route(ABC):
         Returns:
             What the base model's `generate` returns; the prefix never appears in it.
         """
+
+
+def change_tokens(output: ModelOutput, change: Callable[[Tensor], Tensor]) -> None:
+    """Change, in place, all that an output holds for every token: logits, hidden states, starts and ends of spans.
+
+    The logits of a head that classifies whole queries are not for tokens and stay.
+    """
+    for name, num_axes in _TOKEN_OUTPUTS.items():
+        states = output.get(name)
+        if states is not None and states.dim() == num_axes:
+            output[name] = change(states)
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(change(states) for states in output["hidden_states"])
+
+
+def check_spans(kwargs: Mapping[str, Any]) -> None:
+    """Refuse answers given as places in the query where the query's places are not what the model reads.
+
+    Raises:
+        ConfigError: Some are given.
+    """
+    given = [name for name in ("start_positions", "end_positions") if kwargs.get(name) is not None]
+    if given:
+        raise ConfigError(
+            f"Expected no {' or '.join(given)}, because the base model does not read the query's tokens at the places "
+            "that they count: compute the loss from the logits, or, under a sliding window, give rows of one length."
+        )
 
 
 def match_rows(prefix: Prefix, num_rows: int) -> Prefix:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import check_positions
+from mend_hf.architectures import check_positions, embed_tokens
 from mend_hf.caches import (
     build_cache,
     count_copies,
@@ -21,11 +21,15 @@ from mend_hf.caches import (
     new_token_limits,
     read_turned,
     repeat_rows,
-    turn_back,
 )
 from mend_hf.errors import ConfigError, ShapeError
-from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, make_cache, move, read_embeddings
-from mend_hf.routes.base import Route
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_tokens, make_cache, read_embeddings
+from mend_hf.routes.base import Route, change_tokens, check_spans
+
+_UNEQUAL_ROWS = (
+    "Expected rows that go on from past_key_values with equally many tokens, because the base model has a sliding "
+    "window that padding would use up: go on with the rows one by one."
+)
 
 
 class CachedRoute(Route):
@@ -33,14 +37,14 @@ class CachedRoute(Route):
 
     def prepare(self, prefix: Prefix) -> KeyValuePrefix:
         """Return the prefix as keys and values on the base model's device."""
-        prefix = move(prefix, self.base_model.device, self.base_model.dtype)
+        prefix = prefix.to(self.base_model.device, self.base_model.dtype)
         if isinstance(prefix, EmbeddingPrefix):
             return read_embeddings(self.base_model, prefix.vectors, prefix.mask)
         return prefix
 
     def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> KeyValuePrefix:
         """Return the keys and values of a text as the base model computes them."""
-        return read_embeddings(self.base_model, self.base_model.get_input_embeddings()(input_ids), attention_mask)
+        return read_embeddings(self.base_model, embed_tokens(self.base_model, input_ids), attention_mask)
 
     def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         """Run the base model over the query; it attends to the cached prefix.
@@ -56,38 +60,34 @@ class CachedRoute(Route):
         _check_mask(attention_mask, num_read + num_tokens)
         if is_split_by_padding(self.base_model, attention_mask[:, num_read:]):
             if cache is not None:
-                raise ShapeError(
-                    "Expected rows that go on from past_key_values with equally many tokens, because the base model "
-                    "has a sliding window that padding would use up: go on with the rows one by one."
-                )
+                raise ShapeError(_UNEQUAL_ROWS)
             return self._forward_turned(key_values, input_ids, attention_mask, kwargs)
-        if is_first:
-            cache = (
-                make_cache(key_values, self.base_model)
-                if cache is None
-                else fill_cache(cache, key_values, self.base_model)
-            )
+        if cache is None:
+            cache = make_cache(key_values, self.base_model)
+        elif is_first:
+            fill_cache(cache, key_values, self.base_model)
         inputs = go_on_inputs(key_values, attention_mask, num_read, self.base_model)
         return self.base_model(input_ids=input_ids, past_key_values=cache, **inputs, **kwargs)
 
     def generate(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **generation: Any) -> Any:
         """Generate from a cache that holds the prefix."""
         num_tokens = attention_mask.shape[1]
-        embeddings: Tensor | None = generation.pop("inputs_embeds", None)
-        query = input_ids if embeddings is None else embeddings
-        _check_mask(attention_mask, num_tokens if query is None else query.shape[1])
+        embeddings = generation.pop("inputs_embeds", None)
+        query: Any = input_ids if embeddings is None else embeddings
+        _check_mask(attention_mask, query.shape[1])
         if not attention_mask[:, -1].all():
             raise ShapeError("Expected queries padded on the left, got padding at a row's end: pad on the left.")
         num_new_tokens = count_new_tokens(num_tokens, self.base_model, generation)
         key_values = self._check(prefix, attention_mask, generation, max(num_new_tokens - 1, 0))
-        cache, num_read = self._read_ahead(key_values, input_ids, embeddings, attention_mask, generation)
+        num_tokens_in_all = num_tokens + num_new_tokens
+        cache, num_read = self._read_ahead(key_values, query, attention_mask, num_tokens_in_all, generation)
         inputs: dict[str, Any] = go_on_inputs(key_values, attention_mask, num_read, self.base_model)
         if "position_ids" in inputs:  # `generate` slices the last ones
             unread = attention_mask.new_zeros(len(key_values), key_values.num_slots + num_read)
             inputs["position_ids"] = torch.cat([unread, inputs["position_ids"]], dim=1)
         if num_read or embeddings is not None:
             self._check_go_on(generation)
-            inputs |= self._embed(input_ids, embeddings, num_read, key_values.num_slots)
+            inputs["inputs_embeds"] = self._embed_unread(query, num_read, key_values.num_slots)
             generation |= new_token_limits(num_tokens, self.base_model, generation)
         return self.base_model.generate(input_ids, past_key_values=cache, **inputs, **generation)
 
@@ -100,28 +100,34 @@ class CachedRoute(Route):
                 "Expected output_attentions=False for padded queries under a sliding window, whose keys stand in "
                 "another order, got True: ask rows of different lengths one by one."
             )
-        logits_to_keep = kwargs.pop("logits_to_keep", 0)
+        if input_ids is None and not self.base_model.can_generate():
+            raise ConfigError(
+                "Expected input_ids for padded queries under a sliding window, by which a head without a vocabulary "
+                "finds a query's last token, got embeddings: ask rows of different lengths one by one."
+            )
+        check_spans(kwargs)
+        kept = kwargs.pop("logits_to_keep", 0)
         queries = {} if input_ids is None else {"input_ids": input_ids}
         output, order = read_turned(self.base_model, prefix, attention_mask, **queries, **kwargs)
-        logits = turn_back(output.logits, order)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        output.logits = logits[:, kept] if not isinstance(kept, int) else logits
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(turn_back(states, order) for states in output.hidden_states)
+        back = order.argsort(1)
+        change_tokens(output, lambda states: gather_tokens(states, back))
+        if not isinstance(kept, int):
+            output.logits = output.logits[:, kept]
+        elif kept:
+            output.logits = output.logits[:, -kept:]
         return output
 
     def _read_ahead(
         self,
         prefix: KeyValuePrefix,
-        input_ids: Tensor | None,
-        embeddings: Tensor | None,
+        query: Tensor,
         attention_mask: Tensor,
+        num_tokens_in_all: int,
         generation: dict[str, Any],
     ) -> tuple[Cache, int]:
         """Return the cache to generate from, and how many of the query's tokens it holds."""
         cache: Cache | None = generation.pop("past_key_values", None)
         num_tokens, num_copies = attention_mask.shape[1], count_copies(self.base_model, generation)
-        num_new_tokens = count_new_tokens(num_tokens, self.base_model, generation)
         if cache is not None and cache.get_seq_length():
             num_read = count_read_tokens(cache, prefix)
             if num_read >= num_tokens:
@@ -130,19 +136,15 @@ class CachedRoute(Route):
                     f"they hold {num_read}: pass the whole history and the new tokens behind it."
                 )
             if is_split_by_padding(self.base_model, attention_mask[:, num_read:]):
-                raise ShapeError(
-                    "Expected rows that go on from past_key_values with equally many tokens, because the base model "
-                    "has a sliding window that padding would use up: go on with the rows one by one."
-                )
+                raise ShapeError(_UNEQUAL_ROWS)
             if num_copies > 1:
                 cache.batch_repeat_interleave(num_copies)
             return cache, num_read
-        is_split = is_split_by_padding(self.base_model, attention_mask)
-        if not is_split:
+        if not is_split_by_padding(self.base_model, attention_mask):
             rows = repeat_rows(prefix, num_copies)
             if cache is not None:
                 return fill_cache(cache, rows, self.base_model), 0
-            cache = build_cache(rows, num_tokens + num_new_tokens, self.base_model, generation)
+            cache = build_cache(rows, num_tokens_in_all, self.base_model, generation)
             if generation.get("cache_implementation") is not None:
                 generation["cache_implementation"] = None  # the cache is there already
             return cache, 0
@@ -152,24 +154,25 @@ class CachedRoute(Route):
                 "past_key_values and cache_implementation out, or ask rows of different lengths one by one."
             )
         generation.pop("cache_implementation", None)
-        embeddings = self.base_model.get_input_embeddings()(input_ids) if embeddings is None else embeddings
+        embeddings = self._embed(query[:, :-1])
         output, _ = read_turned(
-            self.base_model, prefix, attention_mask[:, :-1], inputs_embeds=embeddings[:, :-1], use_cache=True
+            self.base_model, prefix, attention_mask[:, :-1], inputs_embeds=embeddings, use_cache=True
         )
         output.past_key_values.batch_repeat_interleave(num_copies)
         return output.past_key_values, num_tokens - 1
 
-    def _embed(
-        self, input_ids: Tensor | None, embeddings: Tensor | None, num_read: int, num_slots: int
-    ) -> dict[str, Tensor]:
+    def _embed_unread(self, query: Tensor, num_read: int, num_slots: int) -> Tensor:
         """Return the unread tokens' embeddings behind as many blanks as the cache is long.
 
         `generate` skips in embeddings what a cache holds; in ids it would only where the ids were as many as the mask.
         """
-        if embeddings is None:
-            embeddings = self.base_model.get_input_embeddings()(input_ids)
+        embeddings = self._embed(query[:, num_read:])
         blank = embeddings.new_zeros(embeddings.shape[0], num_slots + num_read, embeddings.shape[2])
-        return {"inputs_embeds": torch.cat([blank, embeddings[:, num_read:]], dim=1)}
+        return torch.cat([blank, embeddings], dim=1)
+
+    def _embed(self, query: Tensor) -> Tensor:
+        """Return the embeddings of a query, which may come as such."""
+        return query if query.is_floating_point() else embed_tokens(self.base_model, query)
 
     def _check_go_on(self, generation: dict[str, Any]) -> None:
         given = [

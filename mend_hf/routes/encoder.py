@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import embed_tokens, get_backbone, get_embedding_width, get_max_positions
+from mend_hf.architectures import embed_tokens, get_backbone, get_max_positions
 from mend_hf.errors import DataError, ShapeError
-from mend_hf.prefix import EmbeddingPrefix, Prefix, pack_left
+from mend_hf.prefix import EmbeddingPrefix, Prefix, check_vectors, gather_tokens, pack_left
 from mend_hf.routes.base import Route
 
 
@@ -33,15 +33,8 @@ class EncoderRoute(Route):
                 "Expected vectors for an encoder-decoder base model, got keys and values, which were made for a "
                 "decoder-only one: distil again with this model."
             )
-        width = get_embedding_width(self.base_model)
-        if prefix.vectors.dim() != 3 or prefix.vectors.shape[-1] != width:
-            raise ShapeError(
-                f"Expected vectors of shape (tasks, virtual tokens, {width}) for this base model, got "
-                f"{tuple(prefix.vectors.shape)}. They were distilled for another base model: distil again with this "
-                "one."
-            )
-        device = self.base_model.device
-        return EmbeddingPrefix(prefix.vectors.to(device, self.base_model.dtype), prefix.mask.to(device))
+        check_vectors(self.base_model, prefix.vectors)
+        return prefix.to(self.base_model.device, self.base_model.dtype)
 
     def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> EmbeddingPrefix:
         """Return the text's token embeddings: in front of a query they are the text in front of it."""
@@ -107,5 +100,4 @@ class EncoderRoute(Route):
                 f"vectors and tokens, {prefix.num_slots} of them in the prefix: use fewer demonstrations or a shorter "
                 "query."
             )
-        packed = embeddings.gather(1, index[..., None].expand(-1, -1, embeddings.shape[-1]))
-        return {"inputs_embeds": packed, "attention_mask": mask}
+        return {"inputs_embeds": gather_tokens(embeddings, index), "attention_mask": mask}

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import accepts, check_length, check_padding
+from mend_hf.architectures import check_length, check_padding, embed_tokens
 from mend_hf.caches import count_new_tokens
 from mend_hf.errors import ShapeError, UnsupportedModelError
-from mend_hf.prefix import EmbeddingPrefix, Prefix, check_vectors, positions_of
-from mend_hf.routes.base import Route
+from mend_hf.prefix import (
+    EmbeddingPrefix,
+    Prefix,
+    check_vectors,
+    gather_tokens,
+    order_tokens,
+    position_inputs,
+    positions_of,
+)
+from mend_hf.routes.base import Route, change_tokens, check_spans
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class _Packed:
 
     def cut_query(self, states: Tensor) -> Tensor:
         """Return the query's part of logits or hidden states (B, S + T, W), in the order of the query: (B, T, W)."""
-        return states.gather(1, self.places[..., None].expand(-1, -1, states.shape[-1]))
+        return gather_tokens(states, self.places)
 
 
 class PrependedRoute(Route):
@@ -57,34 +65,36 @@ class PrependedRoute(Route):
                 'hold: distil with prefix_form="embeds".'
             )
         check_vectors(self.base_model, prefix.vectors)
-        device, dtype = self.base_model.device, self.base_model.dtype
-        return EmbeddingPrefix(prefix.vectors.to(device, dtype), prefix.mask.to(device))
+        return prefix.to(self.base_model.device, self.base_model.dtype)
 
     def read_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> EmbeddingPrefix:
         """Return the embeddings of a text."""
-        return EmbeddingPrefix(self.base_model.get_input_embeddings()(input_ids), attention_mask.bool())
+        return EmbeddingPrefix(embed_tokens(self.base_model, input_ids), attention_mask.bool())
 
     def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         """Run the base model over vectors and query, and return the query's part."""
         embeddings, labels = kwargs.pop("inputs_embeds", None), kwargs.pop("labels", None)
         num_kept, num_items = kwargs.pop("logits_to_keep", 0), kwargs.pop("num_items_in_batch", None)
         if input_ids is not None:
-            embeddings = self.base_model.get_input_embeddings()(input_ids)
+            embeddings = embed_tokens(self.base_model, input_ids)
+        check_spans(kwargs)
         packed = self._pack(prefix, embeddings, attention_mask)
-        if accepts(self.base_model, "position_ids"):
-            kwargs["position_ids"] = positions_of(packed.mask)
-        output = self.base_model(
-            inputs_embeds=packed.embeddings, attention_mask=packed.mask, **(kwargs | {"use_cache": False})
-        )
-        output.logits = packed.cut_query(output.logits)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(packed.cut_query(states) for states in output.hidden_states)
+        kwargs |= position_inputs(self.base_model, positions_of(packed.mask)) | {"use_cache": False}
+        output = self.base_model(inputs_embeds=packed.embeddings, attention_mask=packed.mask, **kwargs)
+        change_tokens(output, packed.cut_query)
         if labels is not None:
-            width = output.logits.shape[-1]
-            items = {} if num_items is None else {"num_items_in_batch": num_items}
-            output.loss = self.base_model.loss_function(output.logits, labels, vocab_size=width, **items)
-        output.logits = output.logits[:, -num_kept:]
+            output.loss = self._loss(output.logits, labels, num_items)
+        if num_kept:
+            output.logits = output.logits[:, -num_kept:]
         return output
+
+    def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Return the head's own loss, of language or of classes."""
+        if not self.base_model.can_generate():
+            config = self.base_model.config
+            return self.base_model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)
+        items = {} if num_items is None else {"num_items_in_batch": num_items}
+        return self.base_model.loss_function(logits, labels, vocab_size=logits.shape[-1], **items)
 
     def generate(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **generation: Any) -> Any:
         """Generate behind vectors and query; the base model's own cache carries on from there.
@@ -96,7 +106,7 @@ class PrependedRoute(Route):
         self._check_way_of_generating(generation)
         embeddings = generation.pop("inputs_embeds", None)
         if input_ids is not None:
-            embeddings = self.base_model.get_input_embeddings()(input_ids)
+            embeddings = embed_tokens(self.base_model, input_ids)
             generation["inputs"] = input_ids
         num_tokens = embeddings.shape[1]
         num_new_tokens = max(count_new_tokens(num_tokens, self.base_model, generation) - 1, 0)
@@ -140,7 +150,6 @@ class PrependedRoute(Route):
         mask = torch.cat([prefix.mask.to(attention_mask.dtype), attention_mask], dim=1)
         check_length(self.base_model, mask.sum(1) + num_new_tokens)
         check_padding(self.base_model, mask)
-        order = torch.argsort(mask.bool().to(torch.uint8), dim=1, stable=True)
+        order = order_tokens(mask, side="right")
         places = order.argsort(1)[:, prefix.num_slots :]  # [B, T]
-        packed = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[-1]))
-        return _Packed(packed, mask.gather(1, order), places)
+        return _Packed(gather_tokens(embeddings, order), mask.gather(1, order), places)
