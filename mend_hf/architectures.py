@@ -6,21 +6,21 @@ The only file that looks at model types.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
+from mend_hf.errors import ConfigError, UnsupportedModelError
 
 # Models that look positions up in a table, learned or computed once, and fail behind its end.
 _POSITION_TABLES = frozenset({"biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt", "xglm"})
-# The same of encoder-decoders, whose encoders count places and not tokens.
-_ENCODER_TABLES = frozenset({"bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"})
+# The same of encoders, which count places and not tokens.
+_ENCODER_TABLES = frozenset(
+    {"bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart", "roformer"}
+)
 # ALiBi without position_ids: the first counts what the attention mask keeps, the second every slot of the cache.
 _POSITIONS_FROM_MASK = frozenset({"bloom"})
 _POSITIONS_FROM_SLOTS = frozenset({"mpt"})
@@ -166,22 +166,6 @@ def choose_prefix_form(
     return prefix_form or ("kv" if is_shared and has_slots else "embeds")
 
 
-def check_gradients(base_model: PreTrainedModel) -> None:
-    """Refuse to train through layers that lose gradients.
-
-    On a CPU, bitsandbytes lays 4-bit weights out anew at the first pass in evaluation mode; passes through them have
-    no gradients from then on.
-
-    Raises:
-        UnsupportedModelError: The base model has such layers.
-    """
-    if getattr(base_model, "is_loaded_in_4bit", False) and base_model.device.type == "cpu":
-        raise UnsupportedModelError(
-            "Expected a base model with gradients to train a distiller through, got 4-bit weights on a CPU, where "
-            "bitsandbytes computes none: load it in 8 bits or with torchao, or train on a GPU."
-        )
-
-
 def _check_encoder_decoder(base_model: PreTrainedModel) -> Literal["SEQ_2_SEQ_LM"]:
     """Return the task type of an encoder-decoder whose encoder reads embeddings in place of text.
 
@@ -264,7 +248,12 @@ def get_max_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions a table of them holds; None where they are computed anew (rotary, ALiBi, T5)."""
     if model.config.model_type in _POSITION_TABLES | _ENCODER_TABLES:
         return model.config.max_position_embeddings
-    return model.config.max_seq_len if model.config.model_type in _POSITIONS_FROM_SLOTS else None
+    if model.config.model_type in _POSITIONS_FROM_SLOTS:
+        return model.config.max_seq_len
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # of BERT and its kin
+    if not isinstance(table, nn.Embedding):
+        return None
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa begins there
 
 
 def get_sliding_window(model: PreTrainedModel) -> int | None:
@@ -278,113 +267,6 @@ def get_sliding_window(model: PreTrainedModel) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def check_generates(model: PreTrainedModel) -> None:
-    """Refuse to write with a model that has no language-model head.
-
-    Raises:
-        UnsupportedModelError: It has a classification head or none.
-    """
-    if not model.can_generate():
-        raise UnsupportedModelError(
-            f"Expected a base model with a language-model head to write with, got {type(model).__name__}: "
-            "call the model for its logits or hidden states, or load the base model through AutoModelForCausalLM."
-        )
-
-
-def check_pooling(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor) -> None:
-    """Refuse a query that a sequence classifier of transformers would classify by another token than its last one.
-
-    Such a head takes the last id that is not `config.pad_token_id`; of embeddings, or without such an id, simply the
-    last position.
-
-    Args:
-        model: With a head for sequence classification.
-        input_ids (B, T): The queries' tokens; None: embeddings are given.
-        attention_mask (B, T): Of the queries.
-
-    Raises:
-        ShapeError: A row's last token that counts is not the one that the head takes.
-    """
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (places * attention_mask.bool()).argmax(1)  # [B]
-    pad_token_id = model.config.get_text_config().pad_token_id
-    if input_ids is None or pad_token_id is None:
-        taken, remedy = torch.full_like(last, attention_mask.shape[1] - 1), "pad on the left"
-    else:
-        taken = (places * (input_ids != pad_token_id)).argmax(1)
-        remedy = f"fill padding with the base model's pad_token_id {pad_token_id}, which no query may end in"
-    wrong = (taken != last).nonzero().flatten().tolist()
-    if wrong:
-        raise ShapeError(
-            f"Expected {type(model).__name__} to classify every query by its last token, got position "
-            f"{int(taken[wrong[0]])} in place of {int(last[wrong[0]])} in row {wrong[0]}: {remedy}."
-        )
-
-
-def check_length(model: PreTrainedModel, lengths: Tensor) -> None:
-    """Refuse to read more at once than a learned position table holds.
-
-    Args:
-        model: The base model, or the one that distils.
-        lengths (B,): Positions that each row takes up.
-
-    Raises:
-        ShapeError: A row is too long.
-    """
-    limit = get_max_positions(model)
-    if limit is not None and int(lengths.max()) > limit:
-        raise ShapeError(
-            f"Expected at most {limit} tokens at once, for which {type(model).__name__} has positions, got "
-            f"{int(lengths.max())}: lower max_distiller_tokens or num_virtual_tokens, or give fewer demonstrations."
-        )
-
-
 def reads_padding(model: PreTrainedModel) -> bool:
     """Return whether padding on the left may change what the model answers, whatever the mask says."""
     return not holds_prefix_in_cache(model) and model.config.model_type not in _BLIND_TO_PADDING
-
-
-def check_padding(model: PreTrainedModel, mask: Tensor) -> None:
-    """Refuse a padded batch (B, N) where the model would read the padding.
-
-    Raises:
-        ShapeError: Rows are of different lengths.
-    """
-    if reads_padding(model) and not mask.all():
-        raise ShapeError(
-            f"Expected rows of one length, because padding leaks into the states of {type(model).__name__}, got "
-            f"{sorted(set(mask.sum(1).tolist()))} tokens in a batch of {mask.shape[1]}: ask rows one by one."
-        )
-
-
-def check_positions(
-    model: PreTrainedModel, attention_mask: Tensor, next_positions: Tensor, num_new_tokens: int = 0
-) -> None:
-    """Refuse a query that would be answered wrongly behind a prefix, and warn of one that loses sight of it.
-
-    Args:
-        model: The base model.
-        attention_mask (B, T): Of the query.
-        next_positions (B,): Each row's first position.
-        num_new_tokens: Tokens that will be generated and read behind the query.
-
-    Raises:
-        ShapeError: A learned position table has no room for the query and the new tokens.
-    """
-    limit, window = get_max_positions(model), get_sliding_window(model)
-    if limit is None and window is None:
-        return
-    lengths = attention_mask.sum(1)  # [B]
-    if limit is not None and int((next_positions + lengths).max()) + num_new_tokens > limit:
-        raise ShapeError(
-            f"Expected demonstrations, query and new tokens to fit the base model's {limit} positions, got a query of "
-            f"{int(lengths.max())} tokens from position {int(next_positions.max())} on and {num_new_tokens} new ones: "
-            "use fewer demonstrations, a shorter query or fewer new tokens."
-        )
-    if window is not None and int(next_positions.max()) and int(lengths.max()) + num_new_tokens >= window:
-        warnings.warn(
-            f"A query of {int(lengths.max())} tokens and {num_new_tokens} new ones is longer than the base model's "
-            f"sliding window of {window}: in layers with that window its end no longer sees the demonstrations. "
-            "Ask shorter queries or generate fewer tokens.",
-            stacklevel=4,
-        )

@@ -92,7 +92,12 @@ class MendConfig:
         "or random rows of the vocabulary; None: the prompt where a tokenizer is known.",
     )
     projection: Literal["linear", "tanh"] = _setting(
-        "linear", "From the distiller's last hidden state to the base model's width (embeds form)."
+        "linear",
+        "From the distiller's last hidden state to what is added to the base model's vectors, or keys and values "
+        "(embeds form; a separate distiller also in the kv form).",
+    )
+    projection_rank: int = _setting(
+        64, "Rank of the projection from a separate distiller to keys and values (kv form); 0: full, and many weights."
     )
     mend_version: str | None = _setting(None, "The version of mend_hf that saved this file.")
 
@@ -193,6 +198,7 @@ def _value_problems(config: MendConfig) -> list[str]:
         "lora_r": 0,
         "lora_alpha": 1,
         "num_virtual_tokens": 0,
+        "projection_rank": 0,
         "max_anchor_tokens_per_demonstration": 1,
         "max_demonstrations_per_chunk": 1,
         "max_slots": 1,
@@ -228,10 +234,14 @@ def _value_problems(config: MendConfig) -> list[str]:
             f"{config.max_slots}; raise it, or lower num_virtual_tokens"
         )
     if config.distiller_name_or_path is not None:
-        if config.prefix_form == "kv":
+        if config.prefix_form == "kv" and config.num_virtual_tokens == 0:
             problems.append(
-                'prefix_form: "kv" takes keys and values out of the base model itself and needs the shared distiller; '
-                'use prefix_form="embeds", or leave distiller_name_or_path at None'
+                "num_virtual_tokens: a separate distiller writes virtual tokens alone and needs at least 1, got 0"
+            )
+        if config.prefix_form == "kv" and config.max_slots is not None:
+            problems.append(
+                "max_slots: a separate distiller has no anchors that could be pooled; leave it out, and lower "
+                "num_virtual_tokens"
             )
         if config.overflow == "recurrent":
             problems.append(

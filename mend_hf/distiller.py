@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,9 +19,6 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_on, switch_by_thread
 from mend_hf.architectures import (
-    accepts,
-    check_length,
-    check_padding,
     embed_tokens,
     get_backbone,
     get_embedding_width,
@@ -32,6 +29,7 @@ from mend_hf.config import MendConfig
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.errors import ConfigError, ShapeError
 from mend_hf.fingerprint import hash_tensors
+from mend_hf.guards import check_length, check_padding
 from mend_hf.pooling import label_anchors, pool_anchors
 from mend_hf.prefix import (
     EmbeddingPrefix,
@@ -41,12 +39,13 @@ from mend_hf.prefix import (
     gather_tokens,
     join_tasks,
     make_cache,
-    order_tokens,
+    pack_left,
     pack_right,
     position_inputs,
     positions_of,
     stack_rows,
 )
+from mend_hf.projection import KeyValueProjection, find_sink_id, read_starting_vectors
 
 ADAPTER_NAME = "mend"
 
@@ -56,7 +55,7 @@ class DemonstrationDistiller(nn.Module):
 
     A *shared* distiller reads with the base model itself while a LoRA adapter is on; a *separate* one has a model of
     its own. Both are harmless at birth: vectors start as token embeddings of the base model, keys and values as the
-    base model's own.
+    base model's own: a shared distiller's of the text, a separate one's of the vectors that it starts from.
 
     Args:
         config: With `prefix_form` decided.
@@ -64,6 +63,8 @@ class DemonstrationDistiller(nn.Module):
         reader: The model of a separate distiller.
         prompt_ids: The empty prompt as the base model's token ids, which vectors start as; None: random tokens.
         reader_prompt_ids: The same for the reader's placeholders.
+        sink_id: The token that a text of the base model begins with, the sink of keys and values that a separate
+            distiller writes; None: the one that the base model's config calls so, else the vocabulary's first.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DemonstrationDistiller(nn.Module):
         reader: PreTrainedModel | None = None,
         prompt_ids: list[int] | None = None,
         reader_prompt_ids: list[int] | None = None,
+        sink_id: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -82,14 +84,21 @@ class DemonstrationDistiller(nn.Module):
         if reader is not None:
             reader.requires_grad_(config.lora_r == 0)
         num_vectors, base_width = config.num_virtual_tokens, get_embedding_width(base_model)
-        width = get_embedding_width(self._model)
+        width = base_width if reader is None else _hidden_width(reader)
         self.placeholders = nn.Parameter(_initial_rows(self._model, num_vectors, reader_prompt_ids))  # [V, R]
-        if config.prefix_form == "embeds":
+        if config.prefix_form == "embeds" or reader is not None:
             self.base_vectors = nn.Parameter(_initial_rows(base_model, num_vectors, prompt_ids))  # [V, E]
+        if config.prefix_form == "embeds":
             self.norm = nn.LayerNorm(width, elementwise_affine=False)
             self.projection = nn.Linear(width, base_width)
             nn.init.zeros_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
+        elif reader is not None:
+            self._sink_id = find_sink_id(base_model) if sink_id is None else sink_id
+            with torch.no_grad(), _evaluation_mode(base_model):
+                own = read_starting_vectors(base_model, self._sink_id, self.base_vectors)
+            is_bounded = config.projection == "tanh"
+            self.layer_projection = KeyValueProjection(width, own, config.projection_rank, is_bounded=is_bounded)
         if config.lora_r:
             self._add_adapter()
         self.to(base_model.device)
@@ -171,7 +180,7 @@ class DemonstrationDistiller(nn.Module):
 
         Returns:
             A prefix of B rows. Its slots are, of every chunk, the V placeholders and in the kv form before them the
-            first token and the anchors, which are pooled beyond `max_slots`.
+            first token and, of a shared distiller, the anchors, which are pooled beyond `max_slots`.
         """
         prefix = self.distil_chunks(batch)
         if self.config.overflow != "recurrent":
@@ -190,7 +199,15 @@ class DemonstrationDistiller(nn.Module):
         Returns:
             A prefix of one row a chunk; under `recurrent`, where a chunk goes on from those before it and cannot be
             told from them, one row a task.
+
+        Raises:
+            ConfigError: `batch_size` is no number of chunks.
         """
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ConfigError(
+                f"Expected batch_size to be a whole number of chunks from 1 on, got {batch_size!r}: give fewer chunks "
+                "to save memory, or None to read all at once."
+            )
         with self.adapter_on():
             if self.config.overflow == "recurrent":
                 return self._distil_in_turn(batch, batch_size)
@@ -223,6 +240,9 @@ class DemonstrationDistiller(nn.Module):
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(num_chunks, num_vectors)], dim=1)
         if self.config.prefix_form == "embeds":
             return self._read_vectors(embeddings, mask, past if isinstance(past, EmbeddingPrefix) else None)
+        if self.reader is not None:
+            own = read_starting_vectors(self._base[0], self._sink_id, self.base_vectors)
+            return self.layer_projection(self._read_placeholders(embeddings, mask), own)
         labels = F.pad(label_anchors(batch.input_ids, batch.anchor_mask), (0, num_vectors))
         return self._read_keys_and_values(
             embeddings, mask, labels, batch.attention_mask, past if isinstance(past, KeyValuePrefix) else None
@@ -232,9 +252,7 @@ class DemonstrationDistiller(nn.Module):
         if past is not None:
             embeddings = torch.cat([past.vectors.to(embeddings.dtype), embeddings], dim=1)
             mask = torch.cat([past.mask.to(mask.dtype), mask], dim=1)
-        check_length(self._model, mask.sum(1))
-        check_padding(self._model, mask)
-        hidden = self._read_states(embeddings, mask)[:, -self.config.num_virtual_tokens :]  # [N, V, R]
+        hidden = self._read_placeholders(embeddings, mask)
         update = self.projection(self.norm(hidden.to(self.projection.weight.dtype)))
         if self.config.projection == "tanh":
             update = update.tanh()
@@ -242,18 +260,19 @@ class DemonstrationDistiller(nn.Module):
         new = EmbeddingPrefix(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
         return new if past is None else _append(past, new)
 
-    def _read_states(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Return the last hidden states (N, D + V, R) of what is read.
+    def _read_placeholders(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Return the last hidden states (N, V, R) at the placeholders, with which every row ends.
 
-        A reader that is told no positions may count places (BART's encoder), so padding moves behind what it reads.
+        Padding moves behind what is read, and no positions are given: a reader then numbers its tokens in its own way
+        (BART's encoder counts places, RoBERTa begins behind the padding's id), and right in either.
         """
-        if accepts(self._backbone, "position_ids"):
-            positions = positions_of(mask)
-            output = self._backbone(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions)
-            return output.last_hidden_state
-        order = order_tokens(mask, side="left")
-        output = self._backbone(inputs_embeds=gather_tokens(embeddings, order), attention_mask=mask.gather(1, order))
-        return gather_tokens(output.last_hidden_state, order.argsort(1))
+        check_length(self._model, mask.sum(1))
+        check_padding(self._model, mask)
+        index, mask = pack_left(mask)
+        states = self._backbone(inputs_embeds=gather_tokens(embeddings, index), attention_mask=mask).last_hidden_state
+        num_vectors = self.config.num_virtual_tokens
+        places = mask.sum(1, keepdim=True) - num_vectors + torch.arange(num_vectors, device=mask.device)  # [N, V]
+        return gather_tokens(states, places)
 
     def _read_keys_and_values(
         self, embeddings: Tensor, mask: Tensor, labels: Tensor, text_mask: Tensor, past: KeyValuePrefix | None
@@ -342,3 +361,22 @@ def _initial_rows(model: PreTrainedModel, num_rows: int, prompt_ids: list[int] |
         ids = torch.randperm(num_tokens)[:num_rows]
     with torch.no_grad():
         return embed_tokens(model, ids.to(weight.device)).float().clone()
+
+
+def _hidden_width(reader: PreTrainedModel) -> int:
+    """Return R, which need not be the width of the reader's embeddings (ELECTRA, ALBERT)."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=reader.device)
+    with torch.no_grad():
+        return reader(inputs_embeds=embed_tokens(reader, token)).last_hidden_state.shape[-1]
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Read without dropout, and with the cache that activation checkpointing drops in training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import check_generates, check_pooling
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
@@ -23,6 +22,7 @@ from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.demonstrations import EncodedTask, parse_demonstrations
 from mend_hf.errors import DataError
 from mend_hf.fingerprint import check_fingerprint
+from mend_hf.guards import check_generates, check_pooling
 from mend_hf.prefix import KeyValuePrefix, Prefix
 from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.provenance import describe_origin

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import accepts, check_length, get_backbone, get_embedding_width
+from mend_hf.architectures import accepts, get_backbone, get_embedding_width
 from mend_hf.errors import ShapeError
+from mend_hf.guards import check_length
 
 CacheType = TypeVar("CacheType", bound=Cache)
 

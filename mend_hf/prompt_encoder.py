@@ -197,6 +197,11 @@ class PromptEncoder:
         return self._ids(self._format.input_prefix) + self._output_prefix_ids + self._separator_ids
 
     @property
+    def first_id(self) -> int | None:
+        """The id that demonstrations begin with; None: with whatever the first input begins with."""
+        return next(iter(self._opening_ids + self.empty_prompt_ids), None)
+
+    @property
     def separator_ids(self) -> list[int]:
         """The ids that follow every demonstration."""
         return self._separator_ids

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from mend_hf.architectures import check_base_model, check_gradients, choose_prefix_form, keep_output_contiguous
+from mend_hf.architectures import check_base_model, choose_prefix_form, keep_output_contiguous
 from mend_hf.config import MendConfig
 from mend_hf.distiller import DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
+from mend_hf.guards import check_gradients
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
 from mend_hf.prompt_encoder import PromptEncoder, find_tokenizer
 
@@ -59,9 +60,10 @@ class WrappedModel(PushToHubMixin, nn.Module):
             reader = load_reader(config).to(base_model.device)
             self.distiller_tokenizer = find_tokenizer(config.distiller_name_or_path, config.distiller_revision)
         self.tokenizer = tokenizer
-        prompts: tuple[list[int] | None, list[int] | None] = (None, None)
+        prompts: tuple[list[int] | None, list[int] | None, int | None] = (None, None, None)
         if self.mend_config.placeholder_initialization == "prompt":
-            prompts = (self.prompt.empty_prompt_ids, self.distiller_prompt.empty_prompt_ids)
+            prompt = self.prompt
+            prompts = (prompt.empty_prompt_ids, self.distiller_prompt.empty_prompt_ids, prompt.first_id)
         self.distiller = DemonstrationDistiller(self.mend_config, base_model, reader, *prompts)
         for parameter, _ in self._before[1]:  # only now: an error above leaves the base model as it was
             parameter.requires_grad_(False)

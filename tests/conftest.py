@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from build_tokenizer import FOLDER
 from tiny_encoder_decoders import build_tiny_encoder_decoder
 from tiny_models import build_tiny_model, ids_of
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from weights import load_smollm2
 
 
@@ -29,6 +31,16 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], PreTrained
 def tiny_encoder_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], PreTrainedModel]:
     """A function from a name in `tiny_encoder_decoders.TINY_ENCODER_DECODERS` to a new model, equal at every call."""
     return partial(build_tiny_encoder_decoder, **ids_of(tokenizer))
+
+
+@pytest.fixture
+def reader_folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
+    """A GPT-2 of another width than the tiny models, with its tokenizer."""
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=2, n_positions=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "reader")
+    tokenizer.save_pretrained(tmp_path / "reader")
+    return str(tmp_path / "reader")
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,11 @@ MAX_LINES = 400
 LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch"),
-    ("config", "fingerprint", "messages"),
+    ("config", "fingerprint", "guards", "messages"),
     ("demonstrations", "prompt_format"),
     ("prompt_encoder",),
     ("demonstration_batch", "prefix", "provenance"),
-    ("caches", "pooling"),
+    ("caches", "pooling", "projection"),
     ("distiller", "routes/"),
     ("artifact",),
     ("hub", "binding"),

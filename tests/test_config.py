@@ -31,7 +31,9 @@ def test_all_impossible_values_are_named_at_once():
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        ({"prefix_form": "kv", "distiller_name_or_path": "gpt2"}, 'use prefix_form="embeds"'),
+        ({"prefix_form": "kv", "distiller_name_or_path": "gpt2", "num_virtual_tokens": 0}, "virtual tokens alone"),
+        ({"prefix_form": "kv", "distiller_name_or_path": "gpt2", "max_slots": 200}, "no anchors that could be pooled"),
+        ({"projection_rank": -1}, "projection_rank: expected at least 0"),
         ({"overflow": "recurrent", "distiller_name_or_path": "gpt2"}, 'use "concat"'),
         ({"prefix_form": "embeds", "num_virtual_tokens": 0}, "needs at least 1"),
         ({"lora_r": True}, "lora_r: expected int"),

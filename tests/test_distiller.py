@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, GPT2Config
 
 from mend_hf import Demonstration, MendConfig, MendModel, get_mend_model
 from mend_hf.distiller import DemonstrationBatch
@@ -27,16 +26,6 @@ def wrap(tiny_model, tokenizer):
         return get_mend_model(tiny_model("llama"), config, tokenizer).eval()
 
     return wrap
-
-
-@pytest.fixture
-def reader_folder(tokenizer, tmp_path):
-    """A GPT-2 of another width than the base model, with its tokenizer."""
-    torch.manual_seed(1)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=24, n_layer=2, n_head=2, n_positions=256)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "reader")
-    tokenizer.save_pretrained(tmp_path / "reader")
-    return str(tmp_path / "reader")
 
 
 def keys_of(model, shots):

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from mend_hf.architectures import check_positions, get_sliding_window, holds_prefix_in_cache, reads_padding
+from mend_hf.architectures import get_sliding_window, holds_prefix_in_cache, reads_padding
 from mend_hf.caches import continue_inputs
 from mend_hf.errors import DataError, ShapeError
+from mend_hf.guards import check_positions
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.model import MendModel
 from mend_hf.prefix import KeyValuePrefix, Prefix, position_inputs, positions_of

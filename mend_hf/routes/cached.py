@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import check_positions, embed_tokens
+from mend_hf.architectures import embed_tokens
 from mend_hf.caches import (
     build_cache,
     count_copies,
@@ -23,6 +23,7 @@ from mend_hf.caches import (
     repeat_rows,
 )
 from mend_hf.errors import ConfigError, ShapeError
+from mend_hf.guards import check_positions
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_tokens, make_cache, read_embeddings
 from mend_hf.routes.base import Route, change_tokens, check_spans
 

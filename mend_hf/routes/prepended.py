@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import check_length, check_padding, embed_tokens
+from mend_hf.architectures import embed_tokens
 from mend_hf.caches import count_new_tokens
 from mend_hf.errors import ShapeError, UnsupportedModelError
+from mend_hf.guards import check_length, check_padding
 from mend_hf.prefix import (
     EmbeddingPrefix,
     Prefix,
