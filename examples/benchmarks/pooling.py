@@ -1,4 +1,4 @@
-"""What pooled anchors cost: the scores of 64 demonstrations in all their slots, and in fewer.
+"""What pooled anchors cost: the scores of 64 demonstrations with all their anchors, and with a quarter of them.
 
     python examples/benchmarks/pooling.py --tasks TASKS --task ag_news --task poem_sentiment
 
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -26,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from weights import load_smollm2
 
 EXAMPLES = Path(__file__).parents[1]
-UNPOOLED, BY_LABEL, BY_SIMILARITY = "all slots", "by label", "by similarity"
+UNPOOLED, BY_LABEL, BY_SIMILARITY = "all anchors", "by label", "by similarity"
 
 
 def main() -> None:
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
     parser.add_argument("--num-demonstrations", type=int, default=64)
     parser.add_argument("--demonstrations-per-chunk", type=int, default=16)
-    parser.add_argument("--max-slots", type=int, default=100, help="budget of the pooled methods")
+    parser.add_argument(
+        "--kept-share", type=float, default=0.25, help="of the anchors, as slots of the pooled methods"
+    )
     parser.add_argument("--seeds", default="13,21,42")
     parser.add_argument("--max-queries", type=int, default=40)
     args = parser.parse_args()
@@ -52,13 +55,19 @@ def main() -> None:
     def distil(model: MendModel, demonstrations: Demonstrations) -> Prefix:
         return model.route.prepare(model.distill(list(demonstrations)).prefix)
 
+    def pool(prefix: Prefix, by: Literal["label", "similarity"]) -> Prefix:
+        num_anchors = int((prefix.labels != 0).sum())
+        # Never fewer slots than the answers have tokens, which is the least that pooling by label can do with.
+        num_kept = max(round(args.kept_share * num_anchors), len(prefix.labels.unique()) - 1)
+        return pool_anchors(prefix, prefix.num_slots - num_anchors + num_kept, by)
+
     methods = {
         f"{args.demonstrations_per_chunk} demonstrations": lambda model, shots: distil(
             model, shots[: args.demonstrations_per_chunk]
         ),
         UNPOOLED: distil,
-        BY_LABEL: lambda model, shots: pool_anchors(distil(model, shots), args.max_slots, "label"),
-        BY_SIMILARITY: lambda model, shots: pool_anchors(distil(model, shots), args.max_slots, "similarity"),
+        BY_LABEL: lambda model, shots: pool(distil(model, shots), "label"),
+        BY_SIMILARITY: lambda model, shots: pool(distil(model, shots), "similarity"),
     }
     results = list(
         evaluate_methods(
