@@ -19,7 +19,7 @@ from weights import load_smollm2
 from mend_hf import MendConfig, MendModel, MendTrainer, MendTrainingArguments, get_mend_model
 from mend_hf.data.metaicl import FewShotDataset, load_partition, load_tasks
 from mend_hf.data.text import TextDataset, load_texts
-from mend_hf.training_args import STAGE_DEFAULTS
+from mend_hf.training_args import RECIPES
 
 
 def train(model: MendModel, stage: str, rows: Any, eval_rows: Any, args: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def train(model: MendModel, stage: str, rows: Any, eval_rows: Any, args: argpars
         save_steps=max(steps // 10, 1),
         save_total_limit=2,
         report_to="none",
-        **STAGE_DEFAULTS[stage],
+        **RECIPES[stage],
     )
     trainer = MendTrainer(model=model, args=training_args, train_dataset=rows, eval_dataset=eval_rows)
     before = trainer.evaluate()["eval_loss"]

@@ -12,32 +12,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import ModelOutput
 
+from mend_hf.architectures import check_base_model
+from mend_hf.config import MendConfig
 from mend_hf.data.collator import MendCollator
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.files import check_output_folder, write_json
-from mend_hf.losses import IGNORE_INDEX, kd_loss, nll_loss
+from mend_hf.fingerprint import hash_tensors
+from mend_hf.losses import IGNORE_INDEX, hidden_loss, kd_loss, nll_loss
 from mend_hf.model import MendModel
+from mend_hf.routes import get_route
+from mend_hf.teacher import Teacher, join_text, pick_layers
+from mend_hf.teacher_cache import TeacherCache
 from mend_hf.training_args import MendTrainingArguments
+
+LOSSES = ("nll_loss", "kd_loss", "hidden_loss")
 
 
 class MendTrainer(Trainer):
     """Trains a distiller; the base model is teacher (with the text) and student (with the prefix), and never changes.
 
-    loss = nll_loss_weight * NLL(target) + kd_loss_weight * KL(teacher || student), means over the tokens that count.
+    loss = nll_loss_weight * NLL(target) + kd_loss_weight * divergence(teacher, student) + hidden_loss_weight *
+    distance(teacher, student), means over the tokens that count.
+
+    Given a bare language model in place of a distiller, it tunes that model itself on the demonstrations' full text,
+    with the targets' NLL alone (MetaICL, the recipe "metaicl").
 
     Args:
-        model: The distiller on its base model.
+        model: The distiller on its base model; or a language model of transformers.
         args: The same as for `Trainer`, with the losses' weights.
         train_dataset: Rows {"demonstrations", "query", "target"}, see `MendCollator`.
         eval_dataset: Rows of the same form; `eval_kd_loss` and `eval_nll_loss` are reported beside `eval_loss`.
         data_collator: None: a `MendCollator` for the model.
-        **kwargs: Passed to `Trainer`.
+        **kwargs: Passed to `Trainer`. A bare language model without a collator needs `processing_class`, its
+            tokenizer.
 
     Raises:
-        ConfigError: The model is no MendModel, or gradient checkpointing is asked for.
+        ConfigError: The model has no language-model head, or an argument does not go with it.
         CheckpointError: The output folder is a file.
     """
 
@@ -45,40 +59,22 @@ class MendTrainer(Trainer):
 
     def __init__(
         self,
-        model: MendModel,
+        model: MendModel | PreTrainedModel,
         args: MendTrainingArguments,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, MendModel):
-            raise ConfigError(
-                f"Expected a MendModel, got {type(model).__name__}: wrap the base model with get_mend_model first."
-            )
-        if not model.can_generate():
-            raise ConfigError(
-                "Expected a base model with a language-model head, because teacher and student are compared token by "
-                f"token, got {model.mend_config.task_type}: train with transformers' Trainer and a collator that "
-                "gives demo_input_ids and the head's labels; the loss that the model then returns is the head's own."
-            )
-        if args.to_dict().get("activation_checkpointing") or args.to_dict().get("gradient_checkpointing"):
-            raise ConfigError(
-                "Expected gradient_checkpointing=False, got True: it drops the cache that the prefix is in. Save "
-                "memory with smaller batches and gradient_accumulation_steps instead."
-            )
+        _check_model(model, args)
         check_output_folder(args.output_dir)
         if data_collator is None:
-            data_collator = MendCollator(
-                model.prompt.tokenizer,
-                model.mend_config,
-                model.distiller_tokenizer,
-                with_teacher=args.kd_loss_weight > 0,
-            )
+            data_collator = _make_collator(model, args, kwargs.get("processing_class"))
         self._sums: dict[str, float] = defaultdict(float)
         self._num_logged_steps = 0
         self._eval_sums: dict[str, float] = defaultdict(float)
         self._num_kd_tokens: Tensor | None = None
+        self._teacher = _make_teacher(model, args) if isinstance(model, MendModel) and args.needs_teacher else None
         super().__init__(
             model=model,
             args=args,
@@ -88,6 +84,11 @@ class MendTrainer(Trainer):
             **kwargs,
         )
 
+    @property
+    def _inner_model(self) -> MendModel | PreTrainedModel:
+        """The model without what Accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -96,49 +97,55 @@ class MendTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the weighted loss, divided by the tokens of all accumulated batches."""
-        inputs = dict(inputs)
-        labels, kd_mask = self._align(inputs)
-        inputs |= self.accelerator.unwrap_model(model).route.target_inputs(inputs.pop("labels"))
-        teacher_ids, teacher_mask = inputs.pop("teacher_input_ids", None), inputs.pop("teacher_attention_mask", None)
-        outputs = model(**inputs)
-        logits = outputs.logits[:, : labels.shape[1]]
+        batch = dict(inputs)
+        labels, mask = self._align(batch)
         in_training = model.training
+        num_items = num_items_in_batch if in_training else None
+        num_kd_items = self._num_kd_tokens if in_training else None
+        if self._teacher is not None and "teacher_input_ids" not in batch:
+            raise DataError(
+                "Expected teacher_input_ids in the batch because kd_loss_weight or hidden_loss_weight is above 0, got "
+                "none: use MendCollator(..., with_teacher=True), or set both to 0."
+            )
+        outputs = self._run_student(model, batch)
+        logits = outputs.logits[:, : labels.shape[1]]
         losses: dict[str, Tensor] = {}
         if (labels != IGNORE_INDEX).any():
-            num_items = num_items_in_batch if in_training else None
             losses["nll_loss"] = nll_loss(logits, labels, num_items=num_items)
-        if self.args.kd_loss_weight:
-            if teacher_ids is None:
-                raise DataError(
-                    "Expected teacher_input_ids in the batch because kd_loss_weight is above 0, got none: use "
-                    "MendCollator(..., with_teacher=True), or set kd_loss_weight=0."
+        if self._teacher is not None:
+            targets = self._inner_model.route.target_inputs(batch["labels"])
+            teacher = self._teacher(self._inner_model, batch | targets, mask)
+            if self.args.kd_loss_weight:
+                losses["kd_loss"] = kd_loss(
+                    logits,
+                    teacher.predictions,
+                    mask,
+                    kd_divergence=self.args.kd_divergence,
+                    kd_temperature=self.args.kd_temperature,
+                    num_items=num_kd_items,
                 )
-            teacher_logits = self._teacher_logits(model, teacher_ids, teacher_mask, inputs)[:, : labels.shape[1]]
-            losses["kd_loss"] = kd_loss(
-                logits,
-                teacher_logits,
-                kd_mask,
-                kd_temperature=self.args.kd_temperature,
-                num_items=self._num_kd_tokens if in_training else None,
-            )
-        weights = {"nll_loss": self.args.nll_loss_weight, "kd_loss": self.args.kd_loss_weight}
-        loss = sum((weights[name] * value for name, value in losses.items()), start=logits.new_zeros(()))
+            if self.args.hidden_loss_weight:
+                states = pick_layers(outputs, self.args.hidden_loss_layers, labels.shape[1])
+                losses["hidden_loss"] = hidden_loss(states, teacher.hidden_states, mask, num_items=num_kd_items)
+        weighted = [getattr(self.args, f"{name}_weight") * value for name, value in losses.items()]
+        loss = sum(weighted, start=logits.new_zeros(()))
         self._note(losses, in_training, num_rows=len(logits))
         if in_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    @torch.no_grad()
-    def _teacher_logits(
-        self, model: nn.Module, teacher_ids: Tensor, teacher_mask: Tensor | None, inputs: dict[str, Tensor]
-    ) -> Tensor:
-        """Return the base model's logits (B, P, W) where the demonstrations' full text stands before the queries."""
-        mend_model: MendModel = self.accelerator.unwrap_model(model)
-        if teacher_mask is None:
-            teacher_mask = torch.ones_like(teacher_ids)
-        text = mend_model.read_tokens(teacher_ids, teacher_mask).select(inputs["query_task_rows"])
-        decoder = {name: value for name, value in inputs.items() if name == "decoder_input_ids"}
-        return mend_model.route.forward(text, inputs["input_ids"], inputs["attention_mask"], **decoder).logits
+    def _run_student(self, model: nn.Module, batch: dict[str, Tensor]) -> ModelOutput:
+        """Return what is trained to say, at the query's positions: behind a prefix, or behind the text itself."""
+        inner = self._inner_model
+        if isinstance(inner, MendModel):
+            inputs = {name: value for name, value in batch.items() if name != "labels" and "teacher" not in name}
+            inputs |= inner.route.target_inputs(batch["labels"])
+            return model(**inputs, output_hidden_states=self.args.hidden_loss_weight > 0)
+        targets = get_route(inner).target_inputs(batch["labels"])
+        outputs = model(**join_text(batch, inner), **targets, use_cache=False)
+        if not targets:
+            outputs.logits = outputs.logits[:, -batch["input_ids"].shape[1] :]
+        return outputs
 
     def _align(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what the first P logits of every row predict, and where the teacher's distribution counts.
@@ -149,8 +156,7 @@ class MendTrainer(Trainer):
         Returns:
             Labels (B, P) and a mask (B, P).
         """
-        model: MendModel = self.accelerator.unwrap_model(self.model)
-        if model.mend_config.task_type == "SEQ_2_SEQ_LM":
+        if self._inner_model.config.is_encoder_decoder:
             return batch["labels"], batch["labels"] != IGNORE_INDEX
         mask = batch["attention_mask"].bool()
         return batch["labels"][:, 1:], mask[:, 1:] & mask[:, :-1]
@@ -176,18 +182,18 @@ class MendTrainer(Trainer):
         return super().prediction_step(model, inputs, True, ignore_keys)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate, and report the two losses apart."""
+        """Evaluate, and report the losses apart."""
         sums = self._eval_sums = defaultdict(float)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name in ("nll_loss", "kd_loss"):
+        for name in LOSSES:
             if name in sums:
                 output.metrics[f"{metric_key_prefix}_{name}"] = sums[name] / sums[f"num_{name}"]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the two losses apart beside the training loss."""
+        """Log, with the losses apart beside the training loss."""
         if "loss" in logs:
-            for name in ("nll_loss", "kd_loss"):
+            for name in LOSSES:
                 if name in self._sums:
                     logs[name] = round(self._sums[name] / max(self._num_logged_steps, 1), 6)
             self._sums, self._num_logged_steps = defaultdict(float), 0
@@ -204,11 +210,77 @@ class MendTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        if isinstance(self._inner_model, MendModel):
+            self._inner_model.save_pretrained(folder)
+        else:
+            super()._save(str(folder), state_dict)
         write_json(folder / "training_args.json", self.args.to_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_distiller(resume_from_checkpoint)
+        if isinstance(self._inner_model, MendModel):
+            self.accelerator.unwrap_model(model or self.model).load_distiller(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if isinstance(self._inner_model, MendModel):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+def _check_model(model: Any, args: MendTrainingArguments) -> None:
+    """Refuse what this trainer cannot train."""
+    if not isinstance(model, MendModel | PreTrainedModel):
+        raise ConfigError(
+            f"Expected a MendModel or a language model of transformers, got {type(model).__name__}: wrap the base "
+            "model with get_mend_model first."
+        )
+    if not model.can_generate():
+        head = type(model.base_model if isinstance(model, MendModel) else model).__name__
+        raise ConfigError(
+            "Expected a base model with a language-model head, because teacher and student are compared token by "
+            f"token, got {head}: train with transformers' Trainer and a collator that gives demo_input_ids and the "
+            "head's labels; the loss that the model then returns is the head's own."
+        )
+    if isinstance(model, PreTrainedModel):
+        if args.needs_teacher:
+            raise ConfigError(
+                "Expected kd_loss_weight=0 and hidden_loss_weight=0 for a language model that is tuned itself and has "
+                f"no teacher, got {args.kd_loss_weight} and {args.hidden_loss_weight}: use "
+                'MendTrainingArguments.from_recipe("metaicl", ...), or, to train a distiller, wrap the model with '
+                "get_mend_model first."
+            )
+    elif args.to_dict().get("activation_checkpointing") or args.to_dict().get("gradient_checkpointing"):
+        raise ConfigError(
+            "Expected gradient_checkpointing=False, got True: it drops the cache that the prefix is in. Save "
+            "memory with smaller batches and gradient_accumulation_steps instead."
+        )
+
+
+def _make_collator(model: MendModel | PreTrainedModel, args: MendTrainingArguments, tokenizer: Any) -> MendCollator:
+    if isinstance(model, MendModel):
+        return MendCollator(
+            model.prompt.tokenizer, model.mend_config, model.distiller_tokenizer, with_teacher=args.needs_teacher
+        )
+    if tokenizer is None:
+        raise ConfigError(
+            "Expected processing_class, the tokenizer, or a data_collator beside a bare language model, got neither: "
+            "give one."
+        )
+    return MendCollator(tokenizer, MendConfig(task_type=check_base_model(model)))
+
+
+def _make_teacher(model: MendModel, args: MendTrainingArguments) -> Teacher:
+    cache = None
+    if args.teacher_cache_dir is not None:
+        frozen = {name: p.flatten()[:64] for name, p in model.base_model.named_parameters() if not p.requires_grad}
+        identity = f"{hash_tensors(frozen)} {args.kd_top_k} {args.kd_temperature}"
+        cache = TeacherCache(args.teacher_cache_dir, identity)
+    return Teacher(
+        top_k=args.kd_top_k,
+        kd_temperature=args.kd_temperature,
+        with_hidden_states=args.hidden_loss_weight > 0,
+        layers=args.hidden_loss_layers,
+        cache=cache,
+    )

@@ -1,28 +1,44 @@
-"""Training arguments: those of transformers, and how the two losses are weighed."""
+"""Training arguments: those of transformers, and how the losses are weighed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from transformers import TrainingArguments
 
 from mend_hf.errors import ConfigError
+from mend_hf.losses import Divergence
 
-STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Numbers of a training that have proved themselves, by name; everything else is as in `MendTrainingArguments`.
+RECIPES: dict[str, dict[str, Any]] = {
     "pretrain": {"nll_loss_weight": 0.0, "kd_loss_weight": 1.0, "learning_rate": 5e-4},
     "finetune": {"nll_loss_weight": 1.0, "kd_loss_weight": 1.0, "learning_rate": 5e-4},
-}
+    # MEND, Li et al., ICLR 2024, arXiv 2403.06914: a distiller of its own, trained as a whole (lora_r=0).
+    "paper-pretrain": {
+        "nll_loss_weight": 0.0, "kd_loss_weight": 1.0, "learning_rate": 5e-5, "max_steps": 30_000,
+        "lr_scheduler_type": "linear", "warmup_steps": 0,
+    },
+    "paper-finetune": {
+        "nll_loss_weight": 1.0, "kd_loss_weight": 1.0, "learning_rate": 1e-5, "max_steps": 30_000,
+        "lr_scheduler_type": "linear", "warmup_steps": 0,
+    },
+    # HyperTuning, Phang et al., ICML 2023, arXiv 2211.12485: the targets alone, no teacher.
+    "hypertuning": {"nll_loss_weight": 1.0, "kd_loss_weight": 0.0, "learning_rate": 5e-4},
+    # MetaICL, Min et al., NAACL 2022, arXiv 2110.15943: the base model itself, on the demonstrations' text.
+    "metaicl": {"nll_loss_weight": 1.0, "kd_loss_weight": 0.0, "learning_rate": 1e-5},
+}  # fmt: skip
 
 
 @dataclass
 class MendTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the weights of the distillation losses.
-
-    `STAGE_DEFAULTS` holds the numbers in which the two stages differ.
+    """`transformers.TrainingArguments` with the losses and their weights.
 
     Raises:
-        ConfigError: A weight or the temperature is impossible.
+        ConfigError: A weight or the temperature is impossible, or two settings exclude each other.
     """
 
     nll_loss_weight: float = field(
@@ -30,10 +46,32 @@ class MendTrainingArguments(TrainingArguments):
     )
     kd_loss_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of KL(teacher || student) over all query and target tokens, in nats a token."},
+        metadata={
+            "help": "Weight of the divergence from the teacher over all query and target tokens, in nats a token."
+        },
+    )
+    kd_divergence: Divergence = field(
+        default="forward_kl",
+        metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon, see `losses.kd_loss`."},
     )
     kd_temperature: float = field(
         default=1.0, metadata={"help": "Softens both distributions in the divergence; it is scaled by the square."}
+    )
+    kd_top_k: int = field(
+        default=0,
+        metadata={"help": "Keep the teacher's k likeliest tokens, and all others as one; 0: the whole vocabulary."},
+    )
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the teacher's top k tokens of every row, for rows that come again."},
+    )
+    hidden_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the distance from the teacher's hidden states, as `losses.hidden_loss`."},
+    )
+    hidden_loss_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Outputs of these layers: 1 is the first's, -1 the last's. None: of all layers."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the rows' own columns."}
@@ -42,17 +80,47 @@ class MendTrainingArguments(TrainingArguments):
         default_factory=lambda: ["labels"], metadata={"help": "Columns that hold labels, for evaluation."}
     )
 
+    @classmethod
+    def from_recipe(cls, name: str, **settings: Any) -> Self:
+        """Return the arguments of a named recipe.
+
+        Args:
+            name: One of `RECIPES`.
+            **settings: `output_dir`, and whatever should differ from the recipe.
+
+        Raises:
+            ConfigError: There is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ConfigError(f"Expected a recipe among {', '.join(RECIPES)}, got {name!r}.")
+        return cls(**(RECIPES[name] | settings))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss compares the student with the base model that reads the demonstrations' text."""
+        return self.kd_loss_weight > 0 or self.hidden_loss_weight > 0
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        weights = ("nll_loss_weight", "kd_loss_weight", "hidden_loss_weight")
         problems = [
             f"{name}: expected 0 or more, got {getattr(self, name)}"
-            for name in ("nll_loss_weight", "kd_loss_weight")
+            for name in (*weights, "kd_top_k")
             if getattr(self, name) < 0
         ]
-        if self.nll_loss_weight == self.kd_loss_weight == 0:
-            problems.append("nll_loss_weight and kd_loss_weight: expected at least one above 0, got 0 for both")
+        if not any(getattr(self, name) for name in weights):
+            problems.append(f"{', '.join(weights)}: expected at least one above 0, got 0 for all")
+        if self.kd_divergence not in get_args(Divergence):
+            problems.append(f"kd_divergence: expected {' or '.join(get_args(Divergence))}, got {self.kd_divergence!r}")
         if self.kd_temperature <= 0:
             problems.append(f"kd_temperature: expected a number above 0, got {self.kd_temperature}")
+        if self.hidden_loss_layers == []:
+            problems.append("hidden_loss_layers: expected at least one layer, or None for all, got none")
+        if self.teacher_cache_dir is not None and (not self.kd_top_k or self.hidden_loss_weight):
+            problems.append(
+                "teacher_cache_dir: expected kd_top_k above 0 and hidden_loss_weight=0, because only top tokens are "
+                f"small enough to keep, got kd_top_k={self.kd_top_k}, hidden_loss_weight={self.hidden_loss_weight}"
+            )
         if self.remove_unused_columns:
             problems.append(
                 "remove_unused_columns: expected False, the collator reads the rows' own columns; got True"

@@ -181,9 +181,9 @@ def _train(
     resume: bool,
 ) -> None:
     from mend_hf.trainer import MendTrainer
-    from mend_hf.training_args import STAGE_DEFAULTS, MendTrainingArguments
+    from mend_hf.training_args import RECIPES, MendTrainingArguments
 
-    chosen = STAGE_DEFAULTS[stage] | {key: value for key, value in overrides.items() if value is not None}
+    chosen = RECIPES[stage] | {key: value for key, value in overrides.items() if value is not None}
     rows_a_step = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"]
     num_steps = max(len(train_rows) // rows_a_step, 1)
     args = MendTrainingArguments(
