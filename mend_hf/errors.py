@@ -30,6 +30,10 @@ class CheckpointError(MendError, OSError):
     """Something saved cannot be read, written or used with this model."""
 
 
+class TrainingError(MendError, FloatingPointError):
+    """A training went astray: a loss or a weight is not a finite number."""
+
+
 class MissingExtraError(MendError, ImportError):
     """An optional package is not installed."""
 

@@ -5,25 +5,43 @@ Shapes: R tasks, B queries, P predicted tokens, W vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    TrainOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 from transformers.utils import ModelOutput
 
 from mend_hf.architectures import check_base_model
+from mend_hf.checkpoints import (
+    ARGUMENTS_NAME,
+    STAGING_NAME,
+    check_resumed,
+    clear_staging,
+    publish_checkpoint,
+    report_failed_save,
+)
 from mend_hf.config import MendConfig
 from mend_hf.data.collator import MendCollator
-from mend_hf.errors import ConfigError, DataError
+from mend_hf.errors import ConfigError, DataError, TrainingError
 from mend_hf.files import check_output_folder, write_json
 from mend_hf.fingerprint import hash_tensors
 from mend_hf.losses import IGNORE_INDEX, hidden_loss, kd_loss, nll_loss
 from mend_hf.model import MendModel
+from mend_hf.nonfinite import write_batch
 from mend_hf.routes import get_route
 from mend_hf.teacher import Teacher, join_text, pick_layers
 from mend_hf.teacher_cache import TeacherCache
@@ -71,9 +89,10 @@ class MendTrainer(Trainer):
         if data_collator is None:
             data_collator = _make_collator(model, args, kwargs.get("processing_class"))
         self._sums: dict[str, float] = defaultdict(float)
-        self._num_logged_steps = 0
+        self._num_logged_steps = self._num_skipped = 0
         self._eval_sums: dict[str, float] = defaultdict(float)
         self._num_kd_tokens: Tensor | None = None
+        self._staging: Path | None = None  # where a checkpoint is written while it is not whole
         self._teacher = _make_teacher(model, args) if isinstance(model, MendModel) and args.needs_teacher else None
         super().__init__(
             model=model,
@@ -129,10 +148,33 @@ class MendTrainer(Trainer):
                 losses["hidden_loss"] = hidden_loss(states, teacher.hidden_states, mask, num_items=num_kd_items)
         weighted = [getattr(self.args, f"{name}_weight") * value for name, value in losses.items()]
         loss = sum(weighted, start=logits.new_zeros(()))
-        self._note(losses, in_training, num_rows=len(logits))
+        values = {name: value.item() for name, value in losses.items()}
+        if in_training and not all(map(math.isfinite, values.values())):
+            loss, values = self._pass_over(batch, values), {}
+        self._note(values, in_training, num_rows=len(logits))
         if in_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _pass_over(self, batch: dict[str, Tensor], values: dict[str, float]) -> Tensor:
+        """Return a loss without a gradient in place of one that is not finite, and count it; or stop.
+
+        Raises:
+            TrainingError: The arguments say so, or the weights themselves are not finite any more.
+        """
+        nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad) * 0.0
+        is_lost = not bool(nothing.isfinite())
+        if self.args.nonfinite_loss == "stop" or is_lost:
+            tokenizer = self._inner_model.tokenizer if isinstance(self._inner_model, MendModel) else None
+            path = write_batch(self.args.output_dir, batch, values, self.state.global_step, tokenizer)
+            what = "weights that are finite numbers" if is_lost else "a finite loss"
+            raise TrainingError(
+                f"Expected {what} in step {self.state.global_step + 1}, got {values}. The batch is in {path}: look at "
+                "it, lower the learning rate and go on from the last checkpoint"
+                + ("." if is_lost else ', or pass over such batches with nonfinite_loss="skip".')
+            )
+        self._num_skipped += 1
+        return nothing
 
     def _run_student(self, model: nn.Module, batch: dict[str, Tensor]) -> ModelOutput:
         """Return what is trained to say, at the query's positions: behind a prefix, or behind the text itself."""
@@ -196,16 +238,18 @@ class MendTrainer(Trainer):
             for name in LOSSES:
                 if name in self._sums:
                     logs[name] = round(self._sums[name] / max(self._num_logged_steps, 1), 6)
+            if self._num_skipped:
+                logs["skipped_batches"] = self._num_skipped  # since the training started
             self._sums, self._num_logged_steps = defaultdict(float), 0
         super().log(logs, start_time)
 
-    def _note(self, losses: dict[str, Tensor], in_training: bool, num_rows: int) -> None:
+    def _note(self, losses: dict[str, float], in_training: bool, num_rows: int) -> None:
         """Add up the losses: in training of one step's batches, in evaluation weighted by rows as `eval_loss` is."""
         for name, value in losses.items():
             if in_training:
-                self._sums[name] += value.item()
+                self._sums[name] += value
             else:
-                self._eval_sums[name] += value.item() * num_rows
+                self._eval_sums[name] += value * num_rows
                 self._eval_sums[f"num_{name}"] += num_rows
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -214,7 +258,57 @@ class MendTrainer(Trainer):
             self._inner_model.save_pretrained(folder)
         else:
             super()._save(str(folder), state_dict)
-        write_json(folder / "training_args.json", self.args.to_dict())
+        write_json(folder / ARGUMENTS_NAME, self.args.to_dict())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint in a staging folder, and move it to its place once it is whole."""
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = folder / STAGING_NAME
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process has written its random numbers' state
+            if self.state.best_model_checkpoint == str(self._staging / name):
+                self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(self._staging / name / TRAINER_STATE_NAME))
+                publish_checkpoint(self._staging / name, folder / name)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            raise report_failed_save(folder, error) from error
+        finally:
+            if self.args.should_save:
+                clear_staging(folder)
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, or go on from a checkpoint that the same settings made; see `Trainer.train`.
+
+        Raises:
+            CheckpointError: The checkpoint was made with other settings, which the message names.
+        """
+        if self.args.should_save:
+            clear_staging(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            config = self._inner_model.mend_config if isinstance(self._inner_model, MendModel) else None
+            check_resumed(resume_from_checkpoint, self.args.to_dict(), config)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self._inner_model, MendModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -73,6 +73,13 @@ class MendTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Outputs of these layers: 1 is the first's, -1 the last's. None: of all layers."},
     )
+    nonfinite_loss: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={
+            "help": "A loss that is no finite number stops the training and its batch is written into the output "
+            "folder; or the batch is skipped and counted in the log."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the rows' own columns."}
     )
@@ -112,6 +119,8 @@ class MendTrainingArguments(TrainingArguments):
             problems.append(f"{', '.join(weights)}: expected at least one above 0, got 0 for all")
         if self.kd_divergence not in get_args(Divergence):
             problems.append(f"kd_divergence: expected {' or '.join(get_args(Divergence))}, got {self.kd_divergence!r}")
+        if self.nonfinite_loss not in ("stop", "skip"):
+            problems.append(f"nonfinite_loss: expected 'stop' or 'skip', got {self.nonfinite_loss!r}")
         if self.kd_temperature <= 0:
             problems.append(f"kd_temperature: expected a number above 0, got {self.kd_temperature}")
         if self.hidden_loss_layers == []:

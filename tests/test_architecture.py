@@ -24,7 +24,7 @@ LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch"),
     ("config", "fingerprint", "guards", "messages"),
-    ("demonstrations", "prompt_format"),
+    ("checkpoints", "demonstrations", "nonfinite", "prompt_format"),
     ("prompt_encoder",),
     ("demonstration_batch", "prefix", "provenance"),
     ("caches", "pooling", "projection"),

@@ -204,6 +204,8 @@ def _train(
         model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, data_collator=collator
     )
     checkpoint = _last_checkpoint(output_dir) if resume else None
+    if resume and checkpoint is None:
+        print(f"No checkpoint in {output_dir} yet: starting from the first step")
     trainer.train(resume_from_checkpoint=checkpoint)
     model.save_pretrained(output_dir)
     write_json(

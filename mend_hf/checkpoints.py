@@ -1,0 +1,90 @@
+"""Checkpoints of a training that appear whole or not at all, and whether one may be gone on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from mend_hf.config import MendConfig
+from mend_hf.errors import CheckpointError
+from mend_hf.files import read_json
+
+STAGING_NAME = ".saving-checkpoint"
+ARGUMENTS_NAME = "training_args.json"
+
+# What decides the next losses; all else may change when a training goes on.
+_DECISIVE_ARGUMENTS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "nll_loss_weight",
+    "kd_loss_weight", "kd_divergence", "kd_temperature", "kd_top_k", "hidden_loss_weight", "hidden_loss_layers",
+)  # fmt: skip
+_NAMES_OF_THE_BASE_MODEL = frozenset({"base_model_name_or_path", "base_model_revision", "mend_version"})
+
+
+def publish_checkpoint(staged: Path, folder: Path) -> None:
+    """Move a finished checkpoint from the staging folder to its place in one step, once it is on the disk."""
+    for path in (*staged.rglob("*"), staged):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if folder.exists():  # of an earlier run into the same folder
+        os.replace(folder, staged.parent / "replaced")
+    os.replace(staged, folder)
+
+
+def clear_staging(output_dir: str | Path) -> None:
+    """Remove what a killed training left half-written."""
+    shutil.rmtree(Path(output_dir) / STAGING_NAME, ignore_errors=True)
+
+
+def report_failed_save(output_dir: str | Path, error: Exception) -> CheckpointError:
+    """Return the error to raise where a checkpoint could not be written."""
+    free = shutil.disk_usage(output_dir).free
+    last = get_last_checkpoint(str(output_dir))
+    remains = f"{last} is whole: free some room and go on from it" if last else "there is none before it"
+    return CheckpointError(
+        f"Expected to write a checkpoint into {output_dir}, where {free / 1e6:.0f} MB are free, got {error}. Nothing "
+        f"of it was kept; {remains}."
+    )
+
+
+def check_resumed(checkpoint: str | Path, args: dict[str, Any], config: MendConfig | None) -> None:
+    """Refuse to go on from a checkpoint that other settings made.
+
+    Args:
+        checkpoint: Its folder.
+        args: The training arguments at hand, as plain values.
+        config: Of the distiller at hand; None where the base model itself is trained.
+
+    Raises:
+        CheckpointError: A setting that decides the next losses differs; the message names all of them.
+    """
+    checkpoint, lines = Path(checkpoint), []
+    if (checkpoint / ARGUMENTS_NAME).exists():
+        saved, given = read_json(checkpoint / ARGUMENTS_NAME), json.loads(json.dumps(args, default=str))
+        lines += _differences(saved, {name: given.get(name) for name in _DECISIVE_ARGUMENTS})
+    if config is not None:
+        made_with = dataclasses.asdict(MendConfig.from_pretrained(checkpoint))
+        at_hand = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NAMES_OF_THE_BASE_MODEL}
+        lines += _differences(made_with, at_hand)
+    if lines:
+        raise CheckpointError(
+            f"Expected the settings that {checkpoint} was made with, got others:\n" + "\n".join(lines) + "\n"
+            "Go on with the old ones, or start anew in another folder, with the checkpoint as the distiller."
+        )
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    return [
+        f"- {name}: the checkpoint has {saved[name]!r}, this training {value!r}"
+        for name, value in given.items()
+        if name in saved and saved[name] != value
+    ]

@@ -1,0 +1,164 @@
+"""Trainings that are killed, run out of disk, lose their numbers, or are gone on with by other settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from mend_hf import MendConfig, MendTrainer, MendTrainingArguments, get_mend_model, trainer
+from mend_hf.errors import CheckpointError, TrainingError
+
+SCRIPT = Path(__file__).parent / "train_and_die.py"
+ROWS = [
+    {"demonstrations": [("great film", "positive"), ("a bore", "negative")], "query": query, "target": target}
+    for query, target in [("good food", "positive"), ("bad food", "negative")] * 4
+]
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, tmp_path):
+    def make_trainer(config=None, **settings):
+        torch.manual_seed(0)
+        defaults = {
+            "output_dir": str(tmp_path / "out"), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        }  # fmt: skip
+        model = get_mend_model(tiny_model("llama"), config or MendConfig(num_virtual_tokens=3, lora_r=2), tokenizer)
+        args = MendTrainingArguments(**{**defaults, **settings})
+        return MendTrainer(model=model, args=args, train_dataset=ROWS)
+
+    return make_trainer
+
+
+def run_script(folder, moment, step):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), moment, str(step)], capture_output=True, text=True
+    )
+
+
+def logged(folder):
+    """Return the last losses that were logged of every step."""
+    lines = (folder / "losses.jsonl").read_text().splitlines()
+    return {entry.pop("step"): entry for entry in map(json.loads, lines)}
+
+
+def test_a_training_killed_in_a_step_and_in_a_save_has_the_losses_of_one_that_was_not(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(whole, "never", 0).returncode == 0
+    assert run_script(killed, "step", 4).returncode == -signal.SIGKILL
+    assert get_last_checkpoint(str(killed)).endswith("checkpoint-2")
+    assert run_script(killed, "save", 6).returncode == -signal.SIGKILL
+    # nothing of checkpoint 6 is where a checkpoint is looked for
+    assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    last = run_script(killed, "never", 0)
+    assert last.returncode == 0, last.stderr
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoint-6", "checkpoint-8", "losses.jsonl"]
+    expected, got = logged(whole), logged(killed)
+    assert got.keys() == expected.keys() == set(range(1, 9))
+    for step, losses in expected.items():
+        assert got[step] == pytest.approx(losses, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+)
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_nothing_half_written(
+    make_trainer, monkeypatch, tmp_path, error
+):
+    save = torch.save
+
+    def save_until_full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise error
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    with pytest.raises(CheckpointError, match=r"MB are free.*checkpoint-2 is whole"):
+        make_trainer().train()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    monkeypatch.setattr(torch, "save", save)
+    resumed = make_trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_what_a_killed_save_left_is_cleared_by_the_next_training(make_trainer, tmp_path):
+    left = tmp_path / "out" / ".saving-checkpoint" / "checkpoint-2"
+    left.mkdir(parents=True)
+    make_trainer(max_steps=1, save_strategy="no").train()
+    assert not left.parent.exists()
+
+
+def test_going_on_by_other_settings_is_refused_and_all_are_named(make_trainer, tmp_path):
+    make_trainer().train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)- seed: the checkpoint has 42, this training 7.*- learning_rate: "
+    ):
+        make_trainer(seed=7, learning_rate=1e-3).train(resume_from_checkpoint=checkpoint)
+    other = MendConfig(num_virtual_tokens=3, lora_r=2, lora_alpha=1)
+    with pytest.raises(CheckpointError, match="- lora_alpha: "):
+        make_trainer(other).train(resume_from_checkpoint=checkpoint)
+    make_trainer(logging_steps=2, save_steps=4).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.fixture
+def second_loss(monkeypatch):
+    """Make the loss of the second batch of a training infinite; its list holds what was asked for."""
+    calls = []
+
+    def loss(*args, **kwargs):
+        calls.append(real(*args, **kwargs))
+        return calls[-1] * (math.inf if len(calls) == 2 else 1.0)
+
+    real = trainer.nll_loss
+    monkeypatch.setattr(trainer, "nll_loss", loss)
+    return calls
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_with_its_batch_written_out(make_trainer, second_loss, tmp_path):
+    with pytest.raises(TrainingError, match=r"in step 2, got .*inf.*nonfinite_loss=\"skip\""):
+        make_trainer().train()
+    tensors = load_file(tmp_path / "out" / "nonfinite_batch.safetensors")
+    record = json.loads((tmp_path / "out" / "nonfinite_batch.json").read_text())
+    assert len(tensors["input_ids"]) == len(record["input_ids"]) == 2
+    assert "great film" in record["teacher_input_ids"][0]
+    assert record["losses"]["nll_loss"] == "inf"
+
+
+def test_a_loss_that_is_not_finite_is_passed_over_and_counted(make_trainer, second_loss):
+    training = make_trainer(nonfinite_loss="skip", optim="sgd", max_steps=2)
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    after_first = {}
+    step = training.training_step
+
+    def watch(*args, **kwargs):
+        if len(second_loss) == 1:
+            after_first.update({name: t.clone() for name, t in training.model.state_dict().items()})
+        return step(*args, **kwargs)
+
+    training.training_step = watch
+    training.train()
+    entries = [entry for entry in training.state.log_history if "loss" in entry]
+    assert "skipped_batches" not in entries[0]
+    assert (entries[1]["skipped_batches"], entries[1]["loss"]) == (1, 0.0)
+    assert any(not tensor.equal(before[name]) for name, tensor in after_first.items())
+    assert all(tensor.equal(after_first[name]) for name, tensor in training.model.state_dict().items())
+
+
+def test_weights_that_are_not_finite_stop_the_training_in_any_case(make_trainer):
+    training = make_trainer(nonfinite_loss="skip")
+    with torch.no_grad():
+        training.model.distiller.placeholders.fill_(math.nan)
+    with pytest.raises(TrainingError, match="weights that are finite"):
+        training.train()
