@@ -235,22 +235,39 @@ class MendTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the losses apart beside the training loss."""
         if "loss" in logs:
-            for name in LOSSES:
-                if name in self._sums:
-                    logs[name] = round(self._sums[name] / max(self._num_logged_steps, 1), 6)
+            sums = self._add_up_processes([self._sums.get(name, math.nan) for name in LOSSES])
+            for name, total in zip(LOSSES, sums, strict=True):
+                if not math.isnan(total):
+                    logs[name] = round(total / max(self._num_logged_steps, 1), 6)
             if self._num_skipped:
                 logs["skipped_batches"] = self._num_skipped  # since the training started
             self._sums, self._num_logged_steps = defaultdict(float), 0
         super().log(logs, start_time)
 
+    def _add_up_processes(self, parts: list[float]) -> list[float]:
+        """Return what the processes' parts of the losses make together; NaN where no process has one.
+
+        Each process divides by the tokens of all, so parts add up; without `average_tokens_across_devices` each
+        divides by its own, and the mean is what is trained.
+        """
+        if self.args.world_size == 1:
+            return parts
+        gathered = self.accelerator.gather(torch.tensor([parts], device=self.args.device))  # [processes, losses]
+        totals = gathered.nansum(0) if self.args.average_tokens_across_devices else gathered.nanmean(0)
+        return totals.masked_fill(gathered.isnan().all(0), math.nan).tolist()
+
     def _note(self, losses: dict[str, float], in_training: bool, num_rows: int) -> None:
         """Add up the losses: in training of one step's batches, in evaluation weighted by rows as `eval_loss` is."""
-        for name, value in losses.items():
-            if in_training:
+        if in_training:
+            for name, value in losses.items():
                 self._sums[name] += value
-            else:
-                self._eval_sums[name] += value * num_rows
-                self._eval_sums[f"num_{name}"] += num_rows
+            return
+        rows = torch.tensor([[losses.get(name, math.nan) for name in LOSSES]] * num_rows, device=self.args.device)
+        rows = self.accelerator.gather_for_metrics(rows)  # [rows of all processes, losses]; none of them twice
+        for name, values in zip(LOSSES, rows.T, strict=True):
+            if not values.isnan().all():
+                self._eval_sums[name] += values.nansum().item()
+                self._eval_sums[f"num_{name}"] += int(values.isnan().logical_not().sum())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
