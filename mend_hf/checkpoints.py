@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from mend_hf.config import MendConfig
 from mend_hf.errors import CheckpointError
-from mend_hf.files import read_json
+from mend_hf.files import flush_to_disk, read_json
 
 STAGING_NAME = ".saving-checkpoint"
-ARGUMENTS_NAME = "training_args.json"
+RUN_NAME = "training_run.json"
 
 # What decides the next losses; all else may change when a training goes on.
 _DECISIVE_ARGUMENTS = (
     "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "nll_loss_weight",
-    "kd_loss_weight", "kd_divergence", "kd_temperature", "kd_top_k", "hidden_loss_weight", "hidden_loss_layers",
+    "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "average_tokens_across_devices", "bf16",
+    "fp16", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "nll_loss_weight", "kd_loss_weight",
+    "kd_divergence", "kd_temperature", "kd_top_k", "hidden_loss_weight", "hidden_loss_layers", "nonfinite_loss",
 )  # fmt: skip
 _NAMES_OF_THE_BASE_MODEL = frozenset({"base_model_name_or_path", "base_model_revision", "mend_version"})
 
 
 def publish_checkpoint(staged: Path, folder: Path) -> None:
     """Move a finished checkpoint from the staging folder to its place in one step, once it is on the disk."""
-    for path in (*staged.rglob("*"), staged):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flush_to_disk(*staged.rglob("*"), staged)
     if folder.exists():  # of an earlier run into the same folder
         os.replace(folder, staged.parent / "replaced")
     os.replace(staged, folder)
+    flush_to_disk(folder.parent)
 
 
 def clear_staging(output_dir: str | Path) -> None:
@@ -56,21 +56,53 @@ def report_failed_save(output_dir: str | Path, error: Exception) -> CheckpointEr
     )
 
 
-def check_resumed(checkpoint: str | Path, args: dict[str, Any], config: MendConfig | None) -> None:
+def describe_rows(rows: Any) -> dict[str, Any] | None:
+    """Return by what training rows are known again: their number and a hash of the first, a middle and the last.
+
+    None for rows that are not numbered; no hash for rows that are not plain values, or not the same twice.
+    """
+    if rows is None or isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") or not len(rows):
+        return None
+    places = (0, len(rows) // 2, len(rows) - 1)
+    try:
+        first, second = (json.dumps([rows[place] for place in places], sort_keys=True) for _ in range(2))
+    except TypeError:
+        first, second = "", "not plain values"
+    digest = hashlib.sha256(first.encode()).hexdigest() if first == second else None
+    return {"num_rows": len(rows), "sha256": digest}
+
+
+def check_unused(output_dir: str | Path) -> None:
+    """Refuse to mix a new training's checkpoints with those of an earlier one.
+
+    Raises:
+        CheckpointError: There are some.
+    """
+    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    if last is not None:
+        raise CheckpointError(
+            f"Expected an output folder without checkpoints for a new training, got {last}: go on from it (--resume, "
+            "or resume_from_checkpoint=True), name another folder, or remove the old checkpoints."
+        )
+
+
+def check_resumed(checkpoint: str | Path, run: dict[str, Any], config: MendConfig | None) -> None:
     """Refuse to go on from a checkpoint that other settings made.
 
     Args:
         checkpoint: Its folder.
-        args: The training arguments at hand, as plain values.
+        run: What the training at hand is: `arguments`, `num_processes`, `training_rows`.
         config: Of the distiller at hand; None where the base model itself is trained.
 
     Raises:
         CheckpointError: A setting that decides the next losses differs; the message names all of them.
     """
     checkpoint, lines = Path(checkpoint), []
-    if (checkpoint / ARGUMENTS_NAME).exists():
-        saved, given = read_json(checkpoint / ARGUMENTS_NAME), json.loads(json.dumps(args, default=str))
-        lines += _differences(saved, {name: given.get(name) for name in _DECISIVE_ARGUMENTS})
+    if (checkpoint / RUN_NAME).exists():
+        saved, given = read_json(checkpoint / RUN_NAME), json.loads(json.dumps(run, default=str))
+        arguments = {name: given["arguments"].get(name) for name in _DECISIVE_ARGUMENTS}
+        lines += _differences(saved.get("arguments") or {}, arguments)
+        lines += _differences(saved, {name: given[name] for name in ("num_processes", "training_rows")})
     if config is not None:
         made_with = dataclasses.asdict(MendConfig.from_pretrained(checkpoint))
         at_hand = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NAMES_OF_THE_BASE_MODEL}

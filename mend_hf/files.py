@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from mend_hf.errors import CheckpointError
+
+_TEMPORARY_PREFIX = ".saving-"
+_LEFTOVER_SECONDS = 24 * 3600.0
 
 
 def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
@@ -76,15 +80,30 @@ def check_output_folder(folder: str | Path) -> Path:
     """Return the path of a folder that can be written into, before any heavy work.
 
     Raises:
-        CheckpointError: The path, or one above it, is a file.
+        CheckpointError: The path, or one above it, is a file or must not be written into.
     """
     folder = Path(folder)
-    for path in (folder, *folder.parents):
+    for path in (folder, *folder.absolute().parents):
         if path.is_dir():
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise CheckpointError(
+                    f"Expected a folder to save into, got {folder}, and {path} does not let you write: change its "
+                    "permissions or give another path."
+                )
             return folder
         if path.exists():
             raise CheckpointError(f"Expected a folder to save into, got the file {path}: give another path.")
     return folder
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Wait until files and folders are where a power cut does not reach them."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -99,13 +118,25 @@ def write_folder(save_directory: str | Path) -> Iterator[Path]:
     folder = check_output_folder(save_directory)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    _remove_leftovers(folder)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder))
     try:
         yield temporary
-        for path in sorted(temporary.iterdir()):
+        written = sorted(temporary.iterdir())
+        flush_to_disk(*written)
+        for path in written:
             os.replace(path, folder / path.name)
+        flush_to_disk(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
             with suppress(OSError):  # not empty: all went well
                 folder.rmdir()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written, once it is too old to be another process's work at hand."""
+    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

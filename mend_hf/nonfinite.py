@@ -1,8 +1,8 @@
-"""What is left to look at when a loss is not a number."""
+"""What is left to look at when a loss or a gradient is not a number."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,21 +17,28 @@ TEXT_NAME = "nonfinite_batch.json"
 
 def write_batch(
     output_dir: str | Path,
-    batch: Mapping[str, Tensor],
-    losses: Mapping[str, float],
+    batches: Sequence[Mapping[str, Tensor]],
+    values: Mapping[str, float],
     step: int,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Path:
-    """Write the batch whose loss is not finite, as tensors and, where there is a tokenizer, as text.
+    """Write the batches whose loss or gradient is not finite, as tensors and, where there is a tokenizer, as text.
 
     Returns:
-        The file of tensors.
+        The file of tensors, `0.input_ids` and so on, by the batch's number.
     """
-    record: dict[str, object] = {"step": step, "losses": {name: str(value) for name, value in losses.items()}}
+    record: dict[str, object] = {"step": step, "values": {name: str(value) for name, value in values.items()}}
     if tokenizer is not None:
-        ids = [name for name in ("teacher_input_ids", "input_ids") if name in batch]
-        record |= {name: tokenizer.batch_decode(batch[name]) for name in ids}
+        record["batches"] = [
+            {name: tokenizer.batch_decode(batch[name]) for name in ("teacher_input_ids", "input_ids") if name in batch}
+            for batch in batches
+        ]
+    tensors = {
+        f"{number}.{name}": tensor.detach().cpu().contiguous()
+        for number, batch in enumerate(batches)
+        for name, tensor in batch.items()
+    }
     with write_folder(output_dir) as folder:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in batch.items()}, folder / TENSORS_NAME)
+        save_file(tensors, folder / TENSORS_NAME)
         write_json(folder / TEXT_NAME, record)
     return Path(output_dir) / TENSORS_NAME

@@ -35,6 +35,8 @@ LAYERS = (
     ("data/", "model"),
     ("auto", "teacher_cache", "training_args"),
     ("teacher",),
+    ("objective",),
+    ("loss_log", "resumable"),
     ("trainer",),
     ("evaluation/",),
     ("integrations/", "pipeline"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from mend_hf import MendConfig, MendTrainer, MendTrainingArguments, get_mend_model, trainer
+from mend_hf import MendConfig, MendTrainer, MendTrainingArguments, get_mend_model, objective
+from mend_hf.checkpoints import describe_rows
 from mend_hf.errors import CheckpointError, TrainingError
 
 SCRIPT = Path(__file__).parent / "train_and_die.py"
@@ -26,7 +30,7 @@ ROWS = [
 
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, tmp_path):
-    def make_trainer(config=None, **settings):
+    def make_trainer(config=None, rows=ROWS, **settings):
         torch.manual_seed(0)
         defaults = {
             "output_dir": str(tmp_path / "out"), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2,
@@ -34,7 +38,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
         }  # fmt: skip
         model = get_mend_model(tiny_model("llama"), config or MendConfig(num_virtual_tokens=3, lora_r=2), tokenizer)
         args = MendTrainingArguments(**{**defaults, **settings})
-        return MendTrainer(model=model, args=args, train_dataset=ROWS)
+        return MendTrainer(model=model, args=args, train_dataset=rows)
 
     return make_trainer
 
@@ -121,8 +125,8 @@ def second_loss(monkeypatch):
         calls.append(real(*args, **kwargs))
         return calls[-1] * (math.inf if len(calls) == 2 else 1.0)
 
-    real = trainer.nll_loss
-    monkeypatch.setattr(trainer, "nll_loss", loss)
+    real = objective.nll_loss
+    monkeypatch.setattr(objective, "nll_loss", loss)
     return calls
 
 
@@ -131,9 +135,9 @@ def test_a_loss_that_is_not_finite_stops_the_training_with_its_batch_written_out
         make_trainer().train()
     tensors = load_file(tmp_path / "out" / "nonfinite_batch.safetensors")
     record = json.loads((tmp_path / "out" / "nonfinite_batch.json").read_text())
-    assert len(tensors["input_ids"]) == len(record["input_ids"]) == 2
-    assert "great film" in record["teacher_input_ids"][0]
-    assert record["losses"]["nll_loss"] == "inf"
+    assert len(tensors["0.input_ids"]) == len(record["batches"][0]["input_ids"]) == 2
+    assert "great film" in record["batches"][0]["teacher_input_ids"][0]
+    assert record["values"]["nll_loss"] == "inf"
 
 
 def test_a_loss_that_is_not_finite_is_passed_over_and_counted(make_trainer, second_loss):
@@ -162,3 +166,141 @@ def test_weights_that_are_not_finite_stop_the_training_in_any_case(make_trainer)
         training.model.distiller.placeholders.fill_(math.nan)
     with pytest.raises(TrainingError, match="weights that are finite"):
         training.train()
+
+
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_going_on_from_a_finished_training_trains_no_further(make_trainer, tmp_path, max_steps):
+    first = make_trainer(max_steps=max_steps, save_steps=1)
+    first.train()
+    again = make_trainer(max_steps=max_steps, save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == max_steps
+    weights = first.model.state_dict()
+    assert all(tensor.equal(weights[name]) for name, tensor in again.model.state_dict().items())
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == max_steps
+
+
+def test_a_checkpoint_given_as_a_path_is_checked_too(make_trainer, tmp_path):
+    make_trainer().train()
+    with pytest.raises(CheckpointError, match="- seed: "):
+        make_trainer(seed=7).train(resume_from_checkpoint=tmp_path / "out" / "checkpoint-2")
+
+
+def test_going_on_without_a_checkpoint_is_refused(make_trainer):
+    with pytest.raises(CheckpointError, match="got none: start without resume_from_checkpoint"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_new_training_does_not_mix_its_checkpoints_with_another_ones(make_trainer, tmp_path):
+    first = make_trainer()
+    first.train()
+    with pytest.raises(CheckpointError, match=r"got .*checkpoint-4: go on from it"):
+        make_trainer().train()
+    first.train()  # its own it writes anew
+
+
+@pytest.mark.parametrize("other", [ROWS[:6], [*ROWS[:-1], ROWS[0]]], ids=["fewer rows", "another last row"])
+def test_going_on_with_other_rows_is_refused(make_trainer, other):
+    make_trainer().train()
+    with pytest.raises(CheckpointError, match="- training_rows: the checkpoint has"):
+        make_trainer(rows=other).train(resume_from_checkpoint=True)
+
+
+def test_rows_that_are_not_the_same_twice_are_not_compared():
+    class Noise:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return {"value": random.random()}
+
+    assert describe_rows(Noise()) == {"num_rows": 3, "sha256": None}
+    assert describe_rows([{"value": object()}] * 2) == {"num_rows": 2, "sha256": None}
+    assert describe_rows(ROWS)["sha256"] == describe_rows(list(ROWS))["sha256"] is not None
+
+
+def test_means_and_counts_in_the_log_are_those_of_a_training_that_was_not_stopped(make_trainer, tmp_path, monkeypatch):
+    """Saved at 2 and 4, logged at 3: the steps before a stop count as well."""
+
+    def losses_with_skipped_batch(folder, steps):
+        calls = []
+        real = objective.nll_loss
+
+        def loss(*args, **kwargs):
+            calls.append(1)
+            return real(*args, **kwargs) * (math.inf if len(calls) == 1 else 1.0)
+
+        settings = {"output_dir": str(folder), "logging_steps": 3, "nonfinite_loss": "skip"}
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "nll_loss", loss)
+            training = make_trainer(**settings)
+            if steps < 4:
+                training.add_callback(StopAt(steps))
+            training.train()
+        if steps < 4:
+            training = make_trainer(**settings)
+            training.train(resume_from_checkpoint=True)
+        return [
+            {key: entry[key] for key in ("step", "loss", "kd_loss", "skipped_batches")}
+            for entry in training.state.log_history
+            if "loss" in entry
+        ]
+
+    whole, stopped = (losses_with_skipped_batch(tmp_path / str(steps), steps) for steps in (4, 2))
+    assert [entry["step"] for entry in whole] == [2, 3, 4]
+    assert [entry["skipped_batches"] for entry in whole] == [1, 1, 1]
+    for expected, got in zip(whole, stopped, strict=True):
+        assert got == pytest.approx(expected, abs=1e-6)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+@pytest.fixture
+def second_gradient():
+    """Make a gradient infinite in the second step of a training, behind a loss that is finite."""
+
+    def spoil(training):
+        seen = []
+
+        def infinite(gradient):
+            seen.append(1)
+            return gradient * (math.inf if len(seen) == 2 else 1.0)
+
+        training.model.distiller.placeholders.register_hook(infinite)
+
+    return spoil
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_gradients_that_are_not_finite_are_passed_over_before_they_reach_the_weights(
+    make_trainer, second_gradient, max_grad_norm
+):
+    training = make_trainer(nonfinite_loss="skip", max_steps=3, max_grad_norm=max_grad_norm)
+    second_gradient(training)
+    training.train()
+    assert all(bool(tensor.isfinite().all()) for tensor in training.model.state_dict().values())
+    entries = [entry for entry in training.state.log_history if "loss" in entry]
+    assert [entry.get("skipped_batches", 0) for entry in entries] == [0, 1, 1]
+
+
+def test_gradients_that_are_not_finite_stop_the_training_with_the_steps_batches_written_out(
+    make_trainer, second_gradient, tmp_path
+):
+    training = make_trainer(gradient_accumulation_steps=2)
+    training.model.distiller.placeholders.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TrainingError, match=r"finite gradients in step 1, got {'grad_norm': nan}"):
+        training.train()
+    tensors = load_file(tmp_path / "out" / "nonfinite_batch.safetensors")
+    assert {"0.input_ids", "1.input_ids"} < set(tensors)
+
+
+def test_an_output_folder_that_must_not_be_written_is_refused_at_once(make_trainer, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="does not let you write: change its permissions"):
+        make_trainer()

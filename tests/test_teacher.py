@@ -96,7 +96,7 @@ def test_training_from_kept_answers_equals_training_from_the_teacher_itself(
         cache = {} if folder is None else {"teacher_cache_dir": str(tmp_path / folder)}
         trainer = MendTrainer(model=model, args=arguments(kd_top_k=4, **cache), train_dataset=ROWS)
         if len(histories) == 2:
-            trainer._teacher.cache.put = None  # nothing is worked out anew
+            trainer._objective.teacher.cache.put = None  # nothing is worked out anew
         trainer.train()
         histories.append(losses_of(trainer))
     assert histories[1] == pytest.approx(histories[0], rel=1e-6)
@@ -132,7 +132,7 @@ def test_a_full_disk_is_reported_while_answers_are_kept(model, arguments, tmp_pa
     trainer = MendTrainer(
         model=model, args=arguments(kd_top_k=300, teacher_cache_dir=str(tmp_path)), train_dataset=ROWS
     )
-    connect = trainer._teacher.cache._connect
+    connect = trainer._objective.teacher.cache._connect
 
     def connect_to_little_room():
         connection = connect()
@@ -140,7 +140,7 @@ def test_a_full_disk_is_reported_while_answers_are_kept(model, arguments, tmp_pa
         connection.execute(f"PRAGMA max_page_count = {pages}")
         return connection
 
-    monkeypatch.setattr(trainer._teacher.cache, "_connect", connect_to_little_room)
+    monkeypatch.setattr(trainer._objective.teacher.cache, "_connect", connect_to_little_room)
     with pytest.raises(CheckpointError, match="without teacher_cache_dir") as caught:
         trainer.compute_loss(model, trainer.data_collator(ROWS))
     assert isinstance(caught.value.__cause__, sqlite3.Error)

@@ -155,7 +155,7 @@ def test_checkpoints_hold_the_distiller_only_and_training_goes_on_from_them(
     checkpoint = tmp_path / "stopped" / "checkpoint-2"
     assert set(load_file(checkpoint / "mend_model.safetensors")) == set(runs["whole"][1])
     assert not list(checkpoint.glob("model*.safetensors"))
-    assert json.loads((checkpoint / "training_args.json").read_text())["kd_loss_weight"] == 1.0
+    assert json.loads((checkpoint / "training_run.json").read_text())["arguments"]["kd_loss_weight"] == 1.0
     torch.manual_seed(99)
     model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3, lora_r=2), tokenizer)
     args = arguments(output_dir=str(tmp_path / "stopped"), max_steps=4, save_strategy="steps", save_steps=2)
