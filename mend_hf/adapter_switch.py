@@ -7,9 +7,9 @@ layer, by the thread that runs it, so distilling and answering at the same time 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,13 +25,22 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-@contextmanager
-def adapter_on() -> Iterator[None]:
+def adapter_on() -> AbstractContextManager[None]:
     """Let this thread, inside the block, read through the adapters that `switch_by_thread` was called for.
 
     No caller's code may run inside: what an event loop puts in between would read through the adapter too.
     """
-    before, _THREAD.adapter_is_on = _THREAD.adapter_is_on, True
+    return _adapter(True)
+
+
+def adapter_as_now() -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes a context in which adapters are, in whatever thread, as they are here and now."""
+    return partial(_adapter, _THREAD.adapter_is_on)
+
+
+@contextmanager
+def _adapter(is_on: bool) -> Iterator[None]:
+    before, _THREAD.adapter_is_on = _THREAD.adapter_is_on, is_on
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,6 +20,7 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_on, switch_by_thread
 from mend_hf.architectures import (
+    accepts,
     embed_tokens,
     get_backbone,
     get_embedding_width,
@@ -269,7 +271,10 @@ class DemonstrationDistiller(nn.Module):
         check_length(self._model, mask.sum(1))
         check_padding(self._model, mask)
         index, mask = pack_left(mask)
-        states = self._backbone(inputs_embeds=gather_tokens(embeddings, index), attention_mask=mask).last_hidden_state
+        inputs: dict[str, Any] = {"inputs_embeds": gather_tokens(embeddings, index), "attention_mask": mask}
+        if accepts(self._backbone, "use_cache"):
+            inputs["use_cache"] = False
+        states = self._backbone(**inputs).last_hidden_state
         num_vectors = self.config.num_virtual_tokens
         places = mask.sum(1, keepdim=True) - num_vectors + torch.arange(num_vectors, device=mask.device)  # [N, V]
         return gather_tokens(states, places)

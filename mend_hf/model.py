@@ -6,12 +6,12 @@ Shapes: B rows, T query tokens, S prefix slots, D demonstration tokens, N chunks
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
@@ -20,14 +20,16 @@ from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.demonstrations import EncodedTask, parse_demonstrations
-from mend_hf.errors import DataError
+from mend_hf.errors import ConfigError, DataError
 from mend_hf.fingerprint import check_fingerprint
 from mend_hf.guards import check_generates, check_pooling
 from mend_hf.prefix import KeyValuePrefix, Prefix
 from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.provenance import describe_origin
+from mend_hf.recompute import find_layers, recompute_layers
 from mend_hf.routes import get_route
-from mend_hf.routes.base import match_rows
+from mend_hf.routes.base import Route, match_rows
+from mend_hf.routes.prepended import PrependedRoute
 from mend_hf.wrapper import WrappedModel
 
 
@@ -50,6 +52,7 @@ class MendModel(WrappedModel):
         super().__init__(base_model, config, tokenizer)
         self.route = get_route(base_model)
         self._binding = Binding()
+        self._forgetful_layers: list[nn.Module] = []
         self._prepared: MutableMapping[DistilledDemonstrations, Prefix] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -149,17 +152,31 @@ class MendModel(WrappedModel):
             What the base model returns, with logits for the T query positions only; an encoder-decoder's logits are
             its decoder's, and it needs `labels` or `decoder_input_ids`.
         """
-        if demo_input_ids is None or self._binding.is_disabled:
-            prefix = self._resolve(demonstrations)
-        else:
+        batch = None
+        if demo_input_ids is not None and not self._binding.is_disabled:
             columns = (demo_input_ids, demo_attention_mask, demo_anchor_mask, demo_task_rows)
-            prefix = self.distiller(DemonstrationBatch.from_columns(*columns))
+            batch = DemonstrationBatch.from_columns(*columns)
+        with self._forgetting_activations() as route:
+            prefix = self._resolve(demonstrations) if batch is None else self.distiller(batch)
+            return self._read(route, prefix, input_ids, attention_mask, labels, query_task_rows, kwargs)
+
+    def _read(
+        self,
+        route: Route,
+        prefix: Prefix | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        query_task_rows: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> ModelOutput:
+        """Run the base model over the query behind a prefix, or alone."""
         query = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if labels is not None:
             kwargs["labels"] = labels
         if query is None or prefix is None:
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        prefix = self.route.prepare(prefix)
+        prefix = route.prepare(prefix)
         if query_task_rows is not None:
             prefix = prefix.select(query_task_rows)
         prefix = match_rows(prefix, query.shape[0])
@@ -170,7 +187,47 @@ class MendModel(WrappedModel):
             attention_mask = torch.ones(shape, dtype=torch.long, device=query.device)
         if self.mend_config.task_type == "SEQ_CLS":
             check_pooling(self.base_model, input_ids, attention_mask)
-        return self.route.forward(prefix, input_ids, attention_mask, **kwargs)
+        return route.forward(prefix, input_ids, attention_mask, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, every_n_layers: int = 1, **options: Any
+    ) -> None:
+        """Save memory in training: layers compute twice what they would keep for the backward pass (embeds form).
+
+        Args:
+            activation_checkpointing_kwargs: Accepted as the Trainer gives it; only `use_reentrant=False` goes.
+            every_n_layers: Treat only every n-th layer so; the others keep all.
+            **options: Accepted as the Trainer gives it; `offload` has to be False.
+
+        Raises:
+            ConfigError: The prefix is keys and values, which are kept in any case, or an option is not to be had.
+            UnsupportedModelError: The model has no layers that can be computed twice.
+        """
+        if self.mend_config.prefix_form != "embeds":
+            raise ConfigError(
+                'Expected prefix_form="embeds" for activation checkpointing, got "kv", where the layers\' keys and '
+                "values are the prefix: save memory with a lower max_tokens_per_pass instead."
+            )
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant") or any(options.values()):
+            raise ConfigError(
+                "Expected activation checkpointing with use_reentrant=False and without offload, got "
+                f"{activation_checkpointing_kwargs} and {options}: leave both out."
+            )
+        readers = [self.base_model] + ([] if self.distiller.reader is None else [self.distiller.reader])
+        self._forgetful_layers = [layer for reader in readers for layer in find_layers(reader)[::every_n_layers]]
+
+    def activation_checkpointing_disable(self) -> None:
+        """Let all layers keep their activations again."""
+        self._forgetful_layers = []
+
+    @contextmanager
+    def _forgetting_activations(self) -> Iterator[Route]:
+        """Return the route by which queries read inside the block: in training, one that layers can go twice."""
+        if not (self._forgetful_layers and self.training and torch.is_grad_enabled()):
+            yield self.route
+            return
+        with recompute_layers(self._forgetful_layers):
+            yield self.route if self.config.is_encoder_decoder else PrependedRoute(self.base_model)
 
     @torch.no_grad()
     def generate(

@@ -23,6 +23,7 @@ from mend_hf.loss_log import LossLog
 from mend_hf.model import MendModel
 from mend_hf.nonfinite import write_batch
 from mend_hf.objective import Objective
+from mend_hf.passes import split_batch
 from mend_hf.resumable import ResumableTrainer
 from mend_hf.training_args import MendTrainingArguments
 
@@ -107,6 +108,20 @@ class MendTrainer(ResumableTrainer):
         if in_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward over a batch, in several passes where it has more than `max_tokens_per_pass`."""
+        if self.args.max_tokens_per_pass is None or num_items_in_batch is None or "query_task_rows" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        labels_apart = self._inner_model.config.is_encoder_decoder
+        *first, last = split_batch(inputs, self.args.max_tokens_per_pass, labels_apart=labels_apart)
+        loss = torch.zeros((), device=self.args.device)
+        for part in first:
+            with self.accelerator.no_sync(model):  # processes may have different numbers of passes
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
 
     def _pass_over(self, batches: list[Any], values: dict[str, float]) -> Tensor:
         """Return a loss without a gradient in place of one that is not finite, and count it; or stop.
@@ -212,18 +227,12 @@ def _check_model(model: Any, args: MendTrainingArguments) -> None:
             f"token, got {head}: train with transformers' Trainer and a collator that gives demo_input_ids and the "
             "head's labels; the loss that the model then returns is the head's own."
         )
-    if isinstance(model, PreTrainedModel):
-        if args.needs_teacher:
-            raise ConfigError(
-                "Expected kd_loss_weight=0 and hidden_loss_weight=0 for a language model that is tuned itself and has "
-                f"no teacher, got {args.kd_loss_weight} and {args.hidden_loss_weight}: use "
-                'MendTrainingArguments.from_recipe("metaicl", ...), or, to train a distiller, wrap the model with '
-                "get_mend_model first."
-            )
-    elif args.to_dict().get("activation_checkpointing") or args.to_dict().get("gradient_checkpointing"):
+    if isinstance(model, PreTrainedModel) and args.needs_teacher:
         raise ConfigError(
-            "Expected gradient_checkpointing=False, got True: it drops the cache that the prefix is in. Save "
-            "memory with smaller batches and gradient_accumulation_steps instead."
+            "Expected kd_loss_weight=0 and hidden_loss_weight=0 for a language model that is tuned itself and has "
+            f"no teacher, got {args.kd_loss_weight} and {args.hidden_loss_weight}: use "
+            'MendTrainingArguments.from_recipe("metaicl", ...), or, to train a distiller, wrap the model with '
+            "get_mend_model first."
         )
 
 

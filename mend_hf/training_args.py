@@ -73,6 +73,13 @@ class MendTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Outputs of these layers: 1 is the first's, -1 the last's. None: of all layers."},
     )
+    max_tokens_per_pass: int | None = field(
+        default=4096,
+        metadata={
+            "help": "A batch with more demonstration and query tokens is read in several passes, rows of like length "
+            "together, which saves padding and memory and changes no gradient. None: always in one."
+        },
+    )
     nonfinite_loss: Literal["stop", "skip"] = field(
         default="stop",
         metadata={
@@ -123,6 +130,8 @@ class MendTrainingArguments(TrainingArguments):
             problems.append(f"nonfinite_loss: expected 'stop' or 'skip', got {self.nonfinite_loss!r}")
         if self.kd_temperature <= 0:
             problems.append(f"kd_temperature: expected a number above 0, got {self.kd_temperature}")
+        if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
+            problems.append(f"max_tokens_per_pass: expected 1 or more, or None, got {self.max_tokens_per_pass}")
         if self.hidden_loss_layers == []:
             problems.append("hidden_loss_layers: expected at least one layer, or None for all, got none")
         if self.teacher_cache_dir is not None and (not self.kd_top_k or self.hidden_loss_weight):

@@ -231,11 +231,6 @@ def test_a_bare_base_model_is_refused(tiny_model, arguments):
         MendTrainer(model=tiny_model("llama"), args=arguments(), train_dataset=ROWS)
 
 
-def test_gradient_checkpointing_is_refused(model, arguments):
-    with pytest.raises(ConfigError, match="smaller batches"):
-        MendTrainer(model=model, args=arguments(gradient_checkpointing=True), train_dataset=ROWS)
-
-
 def test_a_batch_without_a_teacher_is_refused_where_one_is_needed(model, arguments):
     trainer = MendTrainer(model=model, args=arguments(), train_dataset=ROWS)
     batch = MendCollator(model.tokenizer, model.mend_config, with_teacher=False)(ROWS[:2])

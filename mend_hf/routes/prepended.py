@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import embed_tokens
+from mend_hf.architectures import accepts, embed_tokens
 from mend_hf.caches import count_new_tokens
 from mend_hf.errors import ShapeError, UnsupportedModelError
 from mend_hf.guards import check_length, check_padding
@@ -47,8 +47,12 @@ class _Packed:
     places: Tensor
 
     def cut_query(self, states: Tensor) -> Tensor:
-        """Return the query's part of logits or hidden states (B, S + T, W), in the order of the query: (B, T, W)."""
-        return gather_tokens(states, self.places)
+        """Return the query's part of states (B, S + T, W), or of the last ones, in the order of the query: (B, T, W).
+
+        What stands for padding, which may lie further in front, means nothing.
+        """
+        num_missing = self.mask.shape[1] - states.shape[1]
+        return gather_tokens(states, (self.places - num_missing).clamp(min=0))
 
 
 class PrependedRoute(Route):
@@ -81,6 +85,8 @@ class PrependedRoute(Route):
         check_spans(kwargs)
         packed = self._pack(prefix, embeddings, attention_mask)
         kwargs |= position_inputs(self.base_model, positions_of(packed.mask)) | {"use_cache": False}
+        if accepts(self.base_model, "logits_to_keep"):  # a query's tokens are among as many last ones
+            kwargs["logits_to_keep"] = packed.places.shape[1]
         output = self.base_model(inputs_embeds=packed.embeddings, attention_mask=packed.mask, **kwargs)
         change_tokens(output, packed.cut_query)
         if labels is not None:
