@@ -32,6 +32,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "metaicl": {"nll_loss_weight": 1.0, "kd_loss_weight": 0.0, "learning_rate": 1e-5},
 }  # fmt: skip
 
+# Recipes that tune the base model itself, on the demonstrations' full text, and make no distiller.
+RECIPES_WITHOUT_DISTILLER = frozenset({"metaicl"})
+
 
 @dataclass
 class MendTrainingArguments(TrainingArguments):

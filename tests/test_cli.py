@@ -141,14 +141,15 @@ def test_both_stages_then_distill_and_generate(mend: Mend, base_folder: Path, da
     config = MendConfig.from_pretrained(stage1)
     assert (config.base_model_name_or_path, config.num_virtual_tokens, config.lora_r) == ("someone/tiny", 3, 2)
     log = json.loads((stage1 / "training_log.json").read_text())
-    assert (log["stage"], log["arguments"]["nll_loss_weight"], log["log"][0]["step"]) == ("pretrain", 0.0, 1)
+    assert (log["recipe"], log["log"][0]["step"]) == ("pretrain", 1)
+    assert json.loads((stage1 / "training_run.json").read_text())["arguments"]["nll_loss_weight"] == 0.0
 
     words = ["--base-model", base_folder, "--distiller", stage1, "--tasks", data / "tasks", "--output-dir", stage2]
     few = ["--partition", data / "partition.json", "--num-demonstrations", "2-4", "--max-demonstration-tokens", 32]
     result = mend("finetune", *words, *few, *FEW_STEPS)
     assert result.code == 0, result.err
-    log = json.loads((stage2 / "training_log.json").read_text())
-    assert (log["stage"], log["arguments"]["nll_loss_weight"]) == ("finetune", 1.0)
+    assert json.loads((stage2 / "training_log.json").read_text())["recipe"] == "finetune"
+    assert json.loads((stage2 / "training_run.json").read_text())["arguments"]["nll_loss_weight"] == 1.0
     assert MendConfig.from_pretrained(stage2) == config
     before, after = (load_file(folder / "mend_model.safetensors") for folder in (stage1, stage2))
     assert not torch.equal(before["placeholders"], after["placeholders"])
@@ -165,6 +166,72 @@ def test_both_stages_then_distill_and_generate(mend: Mend, base_folder: Path, da
     assert answers[0].out.count("\n") == 2
     assert answers[0] == answers[1]
     assert (answers[0].code, answers[0].err) == (0, "")
+
+
+def test_a_recipe_and_arguments_of_the_trainer_decide_the_losses(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2, *FEW_STEPS]
+    one, other = tmp_path / "one", tmp_path / "other"
+    result = mend("finetune", *words, *NEW_DISTILLER, "--recipe", "hypertuning", "--output-dir", one)
+    assert result.code == 0, result.err
+    entries = json.loads((one / "training_log.json").read_text())["log"]
+    assert "nll_loss" in entries[0]
+    assert not any("kd_loss" in entry for entry in entries)
+    chosen = ["--arg", "kd_divergence=reverse_kl", "--arg", "kd_top_k=4", "--arg", "warmup_steps=0"]
+    result = mend("finetune", *words, *NEW_DISTILLER, *chosen, "--output-dir", other)
+    assert result.code == 0, result.err
+    arguments = json.loads((other / "training_run.json").read_text())["arguments"]
+    assert [arguments[name] for name in ("kd_divergence", "kd_top_k", "warmup_steps")] == ["reverse_kl", 4, 0]
+
+
+def test_metaicl_tunes_the_base_model_and_saves_it_with_its_tokenizer(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2, *FEW_STEPS]
+    result = mend("finetune", *words, "--recipe", "metaicl", "--output-dir", tmp_path / "tuned")
+    assert result.code == 0, result.err
+    assert result.out.endswith(f"Saved the model in {tmp_path / 'tuned'}\n")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base_folder, tmp_path / "tuned"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    result = mend("generate", "--base-model", tmp_path / "tuned", "--demonstrations", data / "mine.jsonl", "good film")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--recipe", "fast"], "Expected a recipe among pretrain, finetune"),
+        (["--arg", "kd_divergense=x"], "nearest: kd_divergence"),
+        (["--arg", "kd_divergence=x"], "kd_divergence: expected forward_kl or"),
+        (["--arg", "lr_scheduler_type=x"], "The training arguments do not go: x is not a valid SchedulerType"),
+        (["--recipe", "metaicl", "--distiller", "NEW"], "tunes the base model itself"),
+    ],
+)
+def test_wrong_training_settings_are_errors_of_one_line(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, wrong: list[str], message: str
+) -> None:
+    if "NEW" in wrong:
+        new = tmp_path / "new"
+        words = ["--base-model", base_folder, "--text", data / "text.jsonl", "--max-tokens", 80, "--output-dir", new]
+        assert mend("pretrain", *words, *NEW_DISTILLER, *FEW_STEPS).code == 0
+        wrong = [str(new) if word == "NEW" else word for word in wrong]
+    words = ["--tasks", data / "tasks", "--num-demonstrations", 2, "--output-dir", tmp_path / "out"]
+    result = mend("finetune", "--base-model", base_folder, *words, *FEW_STEPS, *wrong)
+    assert result.code == 2
+    assert message in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_second_training_into_the_same_folder_is_refused_before_anything_is_loaded(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--tasks", data / "tasks", "--num-demonstrations", 2, *FEW_STEPS, "--output-dir", tmp_path / "out"]
+    assert mend("finetune", "--base-model", base_folder, *NEW_DISTILLER, *words).code == 0
+    result = mend("finetune", "--base-model", "no/such-model", *NEW_DISTILLER, *words)
+    assert result.code == 2
+    assert "without checkpoints for a new training" in result.err
 
 
 def test_finetune_holds_out_tasks_and_logs_the_loss_on_them(

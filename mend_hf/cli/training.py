@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from mend_hf.cli.options import BaseModel, Device, Distiller, OutputFolder, load_base_model
-from mend_hf.config import MendConfig
+from mend_hf.cli.options import BaseModel, Device, Distiller, OutputFolder
+from mend_hf.cli.run import load_for_training, make_arguments, make_collator, make_config, train
 from mend_hf.errors import ConfigError
-from mend_hf.files import check_output_folder, write_json
-
-if TYPE_CHECKING:
-    from mend_hf.model import MendModel
 
 NumTokens = Annotated[int | None, typer.Option(help="Virtual tokens of a new distiller.", min=0)]
 Form = Annotated[str | None, typer.Option(help='Prefix form of a new distiller: "kv" or "embeds".')]
@@ -29,9 +23,26 @@ BaseModelId = Annotated[
 NumRows = Annotated[int, typer.Option(help="Training rows in all; a row is one distilling.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)]
 Accumulation = Annotated[int, typer.Option(help="Forward passes of one optimizer step.", min=1)]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. Default: the stage's.")]
-KdWeight = Annotated[float | None, typer.Option(help="Weight of KL(teacher || student). Default: the stage's.")]
-NllWeight = Annotated[float | None, typer.Option(help="Weight of the targets' NLL. Default: the stage's.")]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        help="Numbers that have proved themselves: pretrain, finetune, paper-pretrain, paper-finetune, hypertuning "
+        "(no teacher), metaicl (the base model itself is tuned)."
+    ),
+]
+Argument = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--arg",
+        help="A field of MendTrainingArguments, as name=value: kd_divergence=reverse_kl, kd_top_k=64, "
+        "teacher_cache_dir=FOLDER, nonfinite_loss=skip, bf16=true ...; may be repeated.",
+    ),
+]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")]
+KdWeight = Annotated[
+    float | None, typer.Option(help="Weight of the divergence from the teacher. Default: the recipe's.")
+]
+NllWeight = Annotated[float | None, typer.Option(help="Weight of the targets' NLL. Default: the recipe's.")]
 SaveSteps = Annotated[int, typer.Option(help="Optimizer steps between checkpoints (the last two are kept).", min=1)]
 Seed = Annotated[int, typer.Option(help="Fixes initial values, rows and their order.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
@@ -54,6 +65,8 @@ def pretrain(
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
+    recipe: Recipe = "pretrain",
+    arguments: Argument = None,
     learning_rate: LearningRate = None,
     kd_loss_weight: KdWeight = None,
     nll_loss_weight: NllWeight = None,
@@ -69,17 +82,25 @@ def pretrain(
     """
     from mend_hf.data.text import TextDataset, load_texts
 
-    check_output_folder(output_dir)
-    config = _make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
+    config = make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
+    args = make_arguments(
+        recipe,
+        output_dir,
+        num_rows,
+        {
+            "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
+            "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
+            "save_steps": save_steps, "seed": seed, "report_to": report_to,
+        },
+        arguments,
+        has_evaluation=False,
+        resume=resume,
+        device=device,
+    )  # fmt: skip
     texts = load_texts(text, text_column=text_column)
-    model = _load_for_training(config, distiller, base_model, base_model_id, device, seed)
-    rows = TextDataset(texts, tokenizer=model.prompt.tokenizer, max_tokens=max_tokens, num_rows=num_rows, seed=seed)
-    overrides = {
-        "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
-        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
-        "save_steps": save_steps, "seed": seed, "report_to": report_to,
-    }  # fmt: skip
-    _train(model, "pretrain", output_dir, rows, None, None, overrides, resume)
+    model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
+    rows = TextDataset(texts, tokenizer=tokenizer, max_tokens=max_tokens, num_rows=num_rows, seed=seed)
+    train(model, tokenizer, args, rows, None, make_collator(model, tokenizer, args), recipe=recipe, resume=resume)
 
 
 def finetune(
@@ -112,6 +133,8 @@ def finetune(
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
+    recipe: Recipe = "finetune",
+    arguments: Argument = None,
     learning_rate: LearningRate = None,
     kd_loss_weight: KdWeight = None,
     nll_loss_weight: NllWeight = None,
@@ -125,11 +148,23 @@ def finetune(
 
     `mend finetune --distiller stage1 --tasks my-tasks --output-dir stage2`
     """
-    from mend_hf.data.collator import MendCollator
     from mend_hf.data.metaicl import FewShotDataset, load_partition, load_tasks
 
-    check_output_folder(output_dir)
-    config = _make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
+    config = make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
+    args = make_arguments(
+        recipe,
+        output_dir,
+        num_rows,
+        {
+            "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
+            "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
+            "save_steps": save_steps, "seed": seed, "report_to": report_to,
+        },
+        arguments,
+        has_evaluation=num_eval_tasks > 0,
+        resume=resume,
+        device=device,
+    )  # fmt: skip
     wanted = list(load_partition(partition).train) if partition else None
     examples = load_tasks(tasks, split="train", tasks=wanted)
     held_out = sorted(examples)[:: max(len(examples) // max(num_eval_tasks, 1), 1)][:num_eval_tasks]
@@ -155,115 +190,9 @@ def finetune(
     if held_out:
         eval_tasks = {name: examples[name] for name in held_out}
         eval_rows = FewShotDataset(eval_tasks, num_rows=4 * len(held_out), seed=seed + 1, **shape)
-    model = _load_for_training(config, distiller, base_model, base_model_id, device, seed)
-    config = model.mend_config
-    if max_demonstration_tokens is not None:
-        config = dataclasses.replace(config, max_demonstration_tokens=max_demonstration_tokens)
-    collator = MendCollator(
-        model.prompt.tokenizer, config, model.distiller_tokenizer, with_teacher=kd_loss_weight != 0
-    )
-    overrides = {
-        "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
-        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
-        "save_steps": save_steps, "seed": seed, "report_to": report_to,
-    }  # fmt: skip
-    _train(model, "finetune", output_dir, rows, eval_rows, collator, overrides, resume)
-
-
-def _train(
-    model: Any,
-    stage: str,
-    output_dir: Path,
-    train_rows: Any,
-    eval_rows: Any | None,
-    collator: Any | None,
-    overrides: dict[str, Any],
-    resume: bool,
-) -> None:
-    from mend_hf.trainer import MendTrainer
-    from mend_hf.training_args import RECIPES, MendTrainingArguments
-
-    chosen = RECIPES[stage] | {key: value for key, value in overrides.items() if value is not None}
-    rows_a_step = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"]
-    num_steps = max(len(train_rows) // rows_a_step, 1)
-    args = MendTrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=num_steps,
-        warmup_steps=max(num_steps // 20, 1),
-        lr_scheduler_type="linear",
-        logging_steps=max(num_steps // 100, 1),
-        save_total_limit=2,
-        eval_strategy="steps" if eval_rows is not None else "no",
-        eval_steps=max(num_steps // 5, 1),
-        per_device_eval_batch_size=chosen["per_device_train_batch_size"],
-        dataloader_pin_memory=model.device.type == "cuda",
-        **chosen,
-    )
-    model.print_trainable_parameters()
-    trainer = MendTrainer(
-        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, data_collator=collator
-    )
-    checkpoint = _last_checkpoint(output_dir) if resume else None
-    if resume and checkpoint is None:
-        print(f"No checkpoint in {output_dir} yet: starting from the first step")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    model.save_pretrained(output_dir)
-    write_json(
-        output_dir / "training_log.json", {"stage": stage, "arguments": chosen, "log": trainer.state.log_history}
-    )
-    print(f"Saved the distiller in {output_dir}")
-
-
-def _last_checkpoint(output_dir: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-
-
-def _make_config(
-    distiller: str | None,
-    base_model: str | None,
-    num_virtual_tokens: int | None,
-    prefix_form: str | None,
-    settings: list[str] | None,
-) -> MendConfig:
-    """Return the config of a saved distiller, or of a new one."""
-    changes = dict(_parse_setting(text) for text in settings or [])
-    changes |= {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
-    changes |= {} if prefix_form is None else {"prefix_form": prefix_form}
-    if distiller is None:
-        if base_model is None:
-            raise ConfigError(
-                "Expected --base-model, or --distiller, which names one, got neither: name a Hub id or a folder."
-            )
-        return MendConfig(**changes)
-    if changes:
-        raise ConfigError(
-            f"Expected no settings for a distiller that exists, got {', '.join(changes)}: leave them out, or train "
-            "a new distiller without --distiller."
-        )
-    return MendConfig.from_pretrained(distiller)
-
-
-def _load_for_training(
-    config: MendConfig,
-    distiller: str | None,
-    base_model: str | None,
-    base_model_id: str | None,
-    device: str | None,
-    seed: int,
-) -> MendModel:
-    import torch
-
-    from mend_hf.auto import get_mend_model
-    from mend_hf.model import MendModel
-
-    torch.manual_seed(seed)
-    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, device)
-    if distiller is not None:
-        return MendModel.from_pretrained(base, distiller, tokenizer, config=config)
-    config = dataclasses.replace(config, base_model_name_or_path=base_model_id or base_model)
-    return get_mend_model(base, config, tokenizer)
+    model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
+    collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
+    train(model, tokenizer, args, rows, eval_rows, collator, recipe=recipe, resume=resume)
 
 
 def _parse_range(text: str) -> int | tuple[int, int]:
@@ -272,14 +201,3 @@ def _parse_range(text: str) -> int | tuple[int, int]:
         return (int(low), int(high)) if high else int(low)
     except ValueError as error:
         raise ConfigError(f"Expected a number such as 16 or a range such as 4-16, got {text!r}.") from error
-
-
-def _parse_setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    known = [setting.name for setting in dataclasses.fields(MendConfig)]
-    if not equals or name not in known:
-        raise ConfigError(f"Expected name=value with a field of MendConfig ({', '.join(known)}), got {text!r}.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
