@@ -99,6 +99,12 @@ def finetune(
     max_demonstration_tokens: Annotated[
         int | None, typer.Option(help="Cut demonstrations of training rows to this; the saved config keeps its own.")
     ] = None,
+    mixing: Annotated[
+        str, typer.Option(help='How often a task is drawn: "uniform", "proportional" to its size, or a temperature.')
+    ] = "uniform",
+    mixing_limit: Annotated[
+        int | None, typer.Option(help="Examples that a task counts for at most in the mixing.", min=1)
+    ] = None,
     balance_queries: Annotated[
         bool, typer.Option("--balance-queries", help="Draw queries with every answer equally likely.")
     ] = False,
@@ -126,7 +132,9 @@ def finetune(
     `mend finetune --distiller stage1 --tasks my-tasks --output-dir stage2`
     """
     from mend_hf.data.collator import MendCollator
-    from mend_hf.data.metaicl import FewShotDataset, load_partition, load_tasks
+    from mend_hf.data.few_shot import FewShotDataset
+    from mend_hf.data.metaicl import load_tasks
+    from mend_hf.data.partition import load_partition
 
     check_output_folder(output_dir)
     config = _make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
@@ -146,6 +154,8 @@ def finetune(
         train_tasks,
         num_rows=num_rows,
         seed=seed,
+        mixing=_parse_mixing(mixing),
+        mixing_limit=mixing_limit,
         balance_queries=balance_queries,
         permute_labels=permute_labels,
         symbol_labels=symbol_labels,
@@ -272,6 +282,13 @@ def _parse_range(text: str) -> int | tuple[int, int]:
         return (int(low), int(high)) if high else int(low)
     except ValueError as error:
         raise ConfigError(f"Expected a number such as 16 or a range such as 4-16, got {text!r}.") from error
+
+
+def _parse_mixing(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:
