@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -15,8 +15,10 @@ from mend_hf.errors import ConfigError
 from mend_hf.files import check_output_folder, write_json
 
 if TYPE_CHECKING:
+    from mend_hf.data.metaicl import Example
     from mend_hf.model import MendModel
 
+Tasks: TypeAlias = "dict[str, list[Example]]"
 NumTokens = Annotated[int | None, typer.Option(help="Virtual tokens of a new distiller.", min=0)]
 Form = Annotated[str | None, typer.Option(help='Prefix form of a new distiller: "kv" or "embeds".')]
 Setting = Annotated[
@@ -115,6 +117,13 @@ def finetune(
         float, typer.Option(help="Fraction of rows whose labels become words of no meaning.", min=0.0, max=1.0)
     ] = 0.0,
     num_eval_tasks: Annotated[int, typer.Option(help="Training tasks held out to measure the loss on.", min=0)] = 0,
+    eval_tasks: Annotated[
+        str | None, typer.Option(help="Other tasks to measure the loss on, in place of held-out ones.")
+    ] = None,
+    load_best_model_at_end: Annotated[
+        bool | None,
+        typer.Option(help="Save the checkpoint with the lowest loss on these tasks. Default: if there are any."),
+    ] = None,
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
@@ -133,25 +142,20 @@ def finetune(
     """
     from mend_hf.data.collator import MendCollator
     from mend_hf.data.few_shot import FewShotDataset
-    from mend_hf.data.metaicl import load_tasks
-    from mend_hf.data.partition import load_partition
 
     check_output_folder(output_dir)
     config = _make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
-    wanted = list(load_partition(partition).train) if partition else None
-    examples = load_tasks(tasks, split="train", tasks=wanted)
-    held_out = sorted(examples)[:: max(len(examples) // max(num_eval_tasks, 1), 1)][:num_eval_tasks]
-    if num_eval_tasks >= len(examples):
+    train_examples, eval_examples = _load_sides(tasks, partition, eval_tasks, num_eval_tasks, seed)
+    if load_best_model_at_end and not eval_examples:
         raise ConfigError(
-            f"Expected num_eval_tasks below the {len(examples)} training tasks, got {num_eval_tasks}: hold out fewer."
+            "Expected tasks to choose the best checkpoint by, got none: add --num-eval-tasks or --eval-tasks."
         )
     shape: dict[str, Any] = {
         "num_demonstrations": _parse_range(num_demonstrations),
         "queries_per_demonstrations": queries_per_demonstrations,
     }
-    train_tasks = {name: rows for name, rows in examples.items() if name not in held_out}
     rows = FewShotDataset(
-        train_tasks,
+        train_examples,
         num_rows=num_rows,
         seed=seed,
         mixing=_parse_mixing(mixing),
@@ -162,9 +166,8 @@ def finetune(
         **shape,
     )
     eval_rows = None
-    if held_out:
-        eval_tasks = {name: examples[name] for name in held_out}
-        eval_rows = FewShotDataset(eval_tasks, num_rows=4 * len(held_out), seed=seed + 1, **shape)
+    if eval_examples:
+        eval_rows = FewShotDataset(eval_examples, num_rows=4 * len(eval_examples), seed=seed + 1, **shape)
     model = _load_for_training(config, distiller, base_model, base_model_id, device, seed)
     config = model.mend_config
     if max_demonstration_tokens is not None:
@@ -176,8 +179,29 @@ def finetune(
         "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
         "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
         "save_steps": save_steps, "seed": seed, "report_to": report_to,
+        "load_best_model_at_end": bool(eval_examples) and load_best_model_at_end is not False,
     }  # fmt: skip
     _train(model, "finetune", output_dir, rows, eval_rows, collator, overrides, resume)
+
+
+def _load_sides(
+    source: str, partition: Path | None, eval_source: str | None, num_eval_tasks: int, seed: int
+) -> tuple[Tasks, Tasks]:
+    """Return the tasks to train on, and those to measure the loss on: neither a test task nor one of the first."""
+    from mend_hf.data.metaicl import load_tasks
+    from mend_hf.data.partition import check_disjoint, hold_out_tasks, load_partition
+
+    if eval_source and num_eval_tasks:
+        raise ConfigError("Expected --num-eval-tasks or --eval-tasks, got both: leave one out.")
+    sides = load_partition(partition) if partition else None
+    test_tasks = sides.test if sides else ()
+    train = load_tasks(source, split="train", tasks=sides.train if sides else None)
+    if eval_source:
+        held_out = load_tasks(eval_source, split="train")
+        check_disjoint(training=train, evaluation=held_out, test=test_tasks)
+        return train, held_out
+    names = hold_out_tasks(train, num_eval_tasks, seed=seed, test_tasks=test_tasks)
+    return {name: rows for name, rows in train.items() if name not in names}, {name: train[name] for name in names}
 
 
 def _train(
@@ -204,7 +228,7 @@ def _train(
         logging_steps=max(num_steps // 100, 1),
         save_total_limit=2,
         eval_strategy="steps" if eval_rows is not None else "no",
-        eval_steps=max(num_steps // 5, 1),
+        eval_steps=chosen["save_steps"] if chosen.get("load_best_model_at_end") else max(num_steps // 5, 1),
         per_device_eval_batch_size=chosen["per_device_train_batch_size"],
         dataloader_pin_memory=model.device.type == "cuda",
         **chosen,
