@@ -17,7 +17,9 @@ from tiny import DATA, load_tiny
 from weights import load_smollm2
 
 from mend_hf import MendConfig, MendModel, MendTrainer, MendTrainingArguments, get_mend_model
-from mend_hf.data.metaicl import FewShotDataset, load_partition, load_tasks
+from mend_hf.data.few_shot import FewShotDataset
+from mend_hf.data.metaicl import load_tasks
+from mend_hf.data.partition import load_partition
 from mend_hf.data.text import TextDataset, load_texts
 from mend_hf.training_args import RECIPES
 

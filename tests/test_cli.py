@@ -241,7 +241,43 @@ def test_finetune_holds_out_tasks_and_logs_the_loss_on_them(
     result = mend("finetune", *words, "--output-dir", tmp_path, *NEW_DISTILLER, *FEW_STEPS)
     assert result.code == 0, result.err
     log = json.loads((tmp_path / "training_log.json").read_text())["log"]
-    assert [entry["eval_loss"] > 0 for entry in log if "eval_loss" in entry] == [True] * 4
+    assert [entry["eval_loss"] > 0 for entry in log if "eval_loss" in entry] == [True] * 2
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], 2), (["--no-load-best-model-at-end"], 4)])
+def test_finetune_saves_the_checkpoint_that_is_best_on_held_out_tasks(
+    mend: Mend,
+    base_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    kept: int,
+) -> None:
+    evaluate = MendTrainer.evaluate
+
+    def rise_from_step_2(trainer: MendTrainer, *args: object, **kwargs: object) -> dict[str, float]:
+        return evaluate(trainer, *args, **kwargs) | {"eval_loss": abs(trainer.state.global_step - 2.0)}
+
+    monkeypatch.setattr(MendTrainer, "evaluate", rise_from_step_2)
+    words = ["--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2, "--num-eval-tasks", 1]
+    result = mend("finetune", *words, "--output-dir", tmp_path, *NEW_DISTILLER, *FEW_STEPS, *options)
+    assert result.code == 0, result.err
+    saved, best = (
+        load_file(folder / "mend_model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{kept}")
+    )
+    assert [name for name in saved if not torch.equal(saved[name], best[name])] == []
+
+
+def test_finetune_refuses_tasks_on_two_sides(mend: Mend, base_folder: Path, data: Path, tmp_path: Path) -> None:
+    words = ["finetune", "--base-model", base_folder, "--output-dir", tmp_path / "out", "--tasks", data / "tasks"]
+    film = data / "tasks" / "film.train.jsonl"
+    assert_refused(mend(*words, "--eval-tasks", film), "training and evaluation tasks to differ, got film")
+    partition = ["--partition", data / "partition.json", "--eval-tasks", data / "tasks" / "plant.train.jsonl"]
+    assert_refused(mend(*words, *partition), "evaluation and test tasks to differ, got plant")
+    assert_refused(mend(*words, "--eval-tasks", film, "--num-eval-tasks", 1), "got both: leave one out")
+    assert_refused(mend(*words, "--load-best-model-at-end"), "add --num-eval-tasks or --eval-tasks")
+    assert_refused(mend(*words, "--num-eval-tasks", 2), "hold out fewer")
 
 
 def test_resume_after_a_stop_ends_where_an_unbroken_training_ends(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ import zstandard
 
 from mend_hf.data.metaicl import (
     Example,
-    FewShotDataset,
-    Partition,
-    load_partition,
     load_tasks,
     sample_demonstrations,
 )
-from mend_hf.errors import ConfigError, DataError
+from mend_hf.errors import DataError
 
 
 def make_row(task: str, number: int, **fields: Any) -> dict[str, Any]:
@@ -44,10 +40,6 @@ def make_tasks(**sizes: int) -> dict[str, list[Example]]:
         task: [Example(task, f"{task} {number}", f"answer {number}") for number in range(size)]
         for task, size in sizes.items()
     }
-
-
-def list_rows(dataset: FewShotDataset) -> list[dict[str, Any]]:
-    return [dataset[index] for index in range(len(dataset))]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "parquet"])
@@ -148,27 +140,6 @@ def test_two_files_for_one_task_are_refused(tmp_path: Path) -> None:
         load_tasks(tmp_path)
 
 
-def test_a_partition_file_loads_without_its_other_keys(tmp_path: Path) -> None:
-    path = tmp_path / "partition.json"
-    path.write_text('{"train": ["a", "b"], "test": ["c"], "unseen_domain_test": []}')
-    assert load_partition(path) == Partition(("a", "b"), ("c",))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"train": ["a", "b"], "test": ["b", "c"]}', "got b on both sides: remove each from one"),
-        ('{"train": ["a"]}', "write both lists"),
-        ('{"train": [', "check the path and the file"),
-    ],
-)
-def test_a_bad_partition_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "partition.json"
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        load_partition(path)
-
-
 def test_sampled_demonstrations_are_fixed_by_the_seed_and_nested() -> None:
     examples = make_tasks(a=20)["a"]
     sixteen = sample_demonstrations(examples, 16, seed=13)
@@ -177,124 +148,3 @@ def test_sampled_demonstrations_are_fixed_by_the_seed_and_nested() -> None:
     assert sample_demonstrations(examples, 16, seed=21) != sixteen
     with pytest.raises(DataError, match="ask for fewer demonstrations"):
         sample_demonstrations(examples, 21, seed=13)
-
-
-def test_a_few_shot_row_is_the_same_in_every_process() -> None:
-    tasks = make_tasks(b=5, a=9)
-    row = FewShotDataset(tasks, num_demonstrations=2, num_rows=5, seed=7)[3]
-    assert row == {
-        "task": "b",
-        "demonstrations": [{"input": "b 0", "output": "answer 0"}, {"input": "b 1", "output": "answer 1"}],
-        "query": "b 2",
-        "target": "answer 2",
-        "options": [],
-    }
-    reordered = dict(sorted(tasks.items()))
-    assert FewShotDataset(reordered, num_demonstrations=2, num_rows=9, seed=7)[3] == row
-
-
-def test_no_example_stands_twice_in_a_few_shot_row() -> None:
-    dataset = FewShotDataset(
-        make_tasks(a=9, b=90), num_demonstrations=(3, 6), queries_per_demonstrations=3, num_rows=200, seed=0
-    )
-    rows = list_rows(dataset)
-    for row in rows:
-        inputs = [demonstration["input"] for demonstration in row["demonstrations"]] + row["query"]
-        assert len(set(inputs)) == len(inputs)
-        assert len(row["target"]) == len(row["options"]) == 3
-    assert {len(row["demonstrations"]) for row in rows} == {3, 4, 5, 6}
-    assert 70 < Counter(row["task"] for row in rows)["a"] < 130
-
-
-def test_tasks_with_too_few_examples_are_left_out_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"2 of 3 tasks have fewer than 5 examples and are left out: b, c\."):
-        dataset = FewShotDataset(make_tasks(c=4, a=5, b=1), num_demonstrations=(1, 4), num_rows=3, seed=0)
-    assert {row["task"] for row in list_rows(dataset)} == {"a"}
-    with pytest.raises(DataError, match="none among 1 tasks: ask for fewer demonstrations or add examples"):
-        FewShotDataset(make_tasks(a=5), num_demonstrations=5, num_rows=3, seed=0)
-
-
-@pytest.mark.parametrize("settings", [{"num_demonstrations": (4, 2)}, {"num_rows": 0}])
-def test_impossible_numbers_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"give a range as \(low, high\)"):
-        FewShotDataset(make_tasks(a=20), **{"num_rows": 1, "seed": 0} | settings)
-
-
-class TestRenamedLabels:
-    def rows(self, tasks, **fractions):
-        dataset = FewShotDataset(
-            tasks, num_demonstrations=3, queries_per_demonstrations=2, num_rows=40, seed=5, **fractions
-        )
-        return [dataset[index] for index in range(len(dataset))]
-
-    @pytest.fixture
-    def tasks(self):
-        labels = ("good", "bad", "so so")
-        return {"mood": [Example("mood", f"text {i}", labels[i % 3], labels) for i in range(12)]}
-
-    def renaming(self, row):
-        """Which label stands for which, read off the row's own examples."""
-        labels = ("good", "bad", "so so")
-        pairs = [(item["input"], item["output"]) for item in row["demonstrations"]]
-        pairs += [*zip(row["query"], row["target"], strict=True)]
-        return {(labels[int(text.split()[1]) % 3], output) for text, output in pairs}
-
-    @pytest.mark.parametrize("fraction", ["permute_labels", "symbol_labels"])
-    def test_a_label_has_one_name_in_the_whole_row_and_is_an_option(self, tasks, fraction):
-        for row in self.rows(tasks, **{fraction: 1.0}):
-            names = self.renaming(row)
-            assert len({before for before, _ in names}) == len({after for _, after in names}) == len(names)
-            assert all(target in options for target, options in zip(row["target"], row["options"], strict=True))
-
-    def test_permuted_labels_are_the_tasks_own_and_symbols_are_not(self, tasks):
-        permuted = {after for row in self.rows(tasks, permute_labels=1.0) for _, after in self.renaming(row)}
-        symbols = {after for row in self.rows(tasks, symbol_labels=1.0) for _, after in self.renaming(row)}
-        assert permuted == {"good", "bad", "so so"}
-        assert not symbols & permuted
-
-    def test_only_a_fraction_of_the_rows_changes_and_the_examples_stay(self, tasks):
-        plain, mixed = self.rows(tasks), self.rows(tasks, permute_labels=0.3, symbol_labels=0.2)
-        assert [row["query"] for row in plain] == [row["query"] for row in mixed]
-        num_changed = sum(row != other for row, other in zip(plain, mixed, strict=True))
-        assert 8 <= num_changed <= 28
-        assert self.rows(tasks, permute_labels=0.0) == plain
-
-    def test_free_form_tasks_and_options_of_their_own_stay(self):
-        free = {"free": [Example("free", f"text {i}", f"answer {i}") for i in range(8)]}
-        own = {"own": [Example("own", f"text {i}", f"a{i}", (f"a{i}", f"b{i}")) for i in range(8)]}
-        for tasks in (free, own):
-            assert self.rows(tasks, permute_labels=1.0) == self.rows(tasks) == self.rows(tasks, symbol_labels=1.0)
-
-    def test_impossible_fractions_are_refused(self, tasks):
-        with pytest.raises(ConfigError, match="at most 1 together"):
-            self.rows(tasks, permute_labels=0.7, symbol_labels=0.7)
-
-
-class TestBalancedQueries:
-    @pytest.fixture
-    def tasks(self):
-        outputs = ["common"] * 90 + ["rare"] * 10
-        return {"task": [Example("task", f"text {i}", output, ("common", "rare")) for i, output in enumerate(outputs)]}
-
-    def targets(self, tasks, balance_queries):
-        dataset = FewShotDataset(
-            tasks,
-            num_demonstrations=4,
-            queries_per_demonstrations=4,
-            num_rows=50,
-            seed=3,
-            balance_queries=balance_queries,
-        )
-        rows = [dataset[index] for index in range(len(dataset))]
-        for row in rows:
-            shown = [item["input"] for item in row["demonstrations"]]
-            assert len({*shown, *row["query"]}) == 8
-        return Counter(target for row in rows for target in row["target"])
-
-    def test_every_answer_is_equally_likely(self, tasks):
-        assert 0.4 < self.targets(tasks, True)["rare"] / 200 < 0.6
-        assert self.targets(tasks, False)["rare"] / 200 < 0.2
-
-    def test_an_answer_that_runs_out_is_drawn_no_more(self):
-        examples = [Example("task", f"text {i}", "rare" if i == 0 else "common") for i in range(8)]
-        assert sum(self.targets({"task": examples}, True).values()) == 200

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from mend_hf import MendCollator, MendConfig, MendModel, get_mend_model
 from mend_hf.caches import continue_inputs
-from mend_hf.data.metaicl import FewShotDataset, load_tasks
+from mend_hf.data.few_shot import FewShotDataset
+from mend_hf.data.metaicl import load_tasks
 from mend_hf.losses import kd_loss, nll_loss
 from mend_hf.prefix import KeyValuePrefix
 

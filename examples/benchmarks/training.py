@@ -34,7 +34,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mend_hf import MendCollator, MendConfig, MendModel, MendTrainer, MendTrainingArguments, get_mend_model
-from mend_hf.data.metaicl import FewShotDataset, load_partition, load_tasks
+from mend_hf.data.few_shot import FewShotDataset
+from mend_hf.data.metaicl import load_tasks
+from mend_hf.data.partition import load_partition
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny import load_tiny

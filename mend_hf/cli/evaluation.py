@@ -42,7 +42,8 @@ def evaluate(
 
     `mend evaluate --distiller stage2 --tasks my-tasks --partition partition.json --output-dir results`
     """
-    from mend_hf.data.metaicl import load_partition, load_tasks
+    from mend_hf.data.metaicl import load_tasks
+    from mend_hf.data.partition import load_partition
     from mend_hf.evaluation.evaluator import TaskResult, evaluate_methods
     from mend_hf.evaluation.methods import METHODS, pick_methods
     from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown, to_table

@@ -85,7 +85,7 @@ def make_arguments(
         "logging_steps": max(num_steps // 100, 1),
         "save_total_limit": 2,
         "eval_strategy": "steps" if has_evaluation else "no",
-        "eval_steps": max(num_steps // 5, 1),
+        "eval_steps": chosen["save_steps"] if chosen.get("load_best_model_at_end") else max(num_steps // 5, 1),
         "per_device_eval_batch_size": chosen["per_device_train_batch_size"],
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available() and device != "cpu",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -11,6 +11,10 @@ from mend_hf.cli.options import BaseModel, Device, Distiller, OutputFolder
 from mend_hf.cli.run import load_for_training, make_arguments, make_collator, make_config, train
 from mend_hf.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mend_hf.data.metaicl import Example
+
+Tasks: TypeAlias = "dict[str, list[Example]]"
 NumTokens = Annotated[int | None, typer.Option(help="Virtual tokens of a new distiller.", min=0)]
 Form = Annotated[str | None, typer.Option(help='Prefix form of a new distiller: "kv" or "embeds".')]
 Setting = Annotated[
@@ -120,6 +124,12 @@ def finetune(
     max_demonstration_tokens: Annotated[
         int | None, typer.Option(help="Cut demonstrations of training rows to this; the saved config keeps its own.")
     ] = None,
+    mixing: Annotated[
+        str, typer.Option(help='How often a task is drawn: "uniform", "proportional" to its size, or a temperature.')
+    ] = "uniform",
+    mixing_limit: Annotated[
+        int | None, typer.Option(help="Examples that a task counts for at most in the mixing.", min=1)
+    ] = None,
     balance_queries: Annotated[
         bool, typer.Option("--balance-queries", help="Draw queries with every answer equally likely.")
     ] = False,
@@ -130,6 +140,13 @@ def finetune(
         float, typer.Option(help="Fraction of rows whose labels become words of no meaning.", min=0.0, max=1.0)
     ] = 0.0,
     num_eval_tasks: Annotated[int, typer.Option(help="Training tasks held out to measure the loss on.", min=0)] = 0,
+    eval_tasks: Annotated[
+        str | None, typer.Option(help="Other tasks to measure the loss on, in place of held-out ones.")
+    ] = None,
+    load_best_model_at_end: Annotated[
+        bool | None,
+        typer.Option(help="Save the checkpoint with the lowest loss on these tasks. Default: if there are any."),
+    ] = None,
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
@@ -148,8 +165,13 @@ def finetune(
 
     `mend finetune --distiller stage1 --tasks my-tasks --output-dir stage2`
     """
-    from mend_hf.data.metaicl import FewShotDataset, load_partition, load_tasks
+    from mend_hf.data.few_shot import FewShotDataset
 
+    has_evaluation = bool(num_eval_tasks or eval_tasks)
+    if load_best_model_at_end and not has_evaluation:
+        raise ConfigError(
+            "Expected tasks to choose the best checkpoint by, got none: add --num-eval-tasks or --eval-tasks."
+        )
     config = make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
     args = make_arguments(
         recipe,
@@ -159,40 +181,56 @@ def finetune(
             "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
+            "load_best_model_at_end": has_evaluation and load_best_model_at_end is not False,
         },
         arguments,
-        has_evaluation=num_eval_tasks > 0,
+        has_evaluation=has_evaluation,
         resume=resume,
         device=device,
     )  # fmt: skip
-    wanted = list(load_partition(partition).train) if partition else None
-    examples = load_tasks(tasks, split="train", tasks=wanted)
-    held_out = sorted(examples)[:: max(len(examples) // max(num_eval_tasks, 1), 1)][:num_eval_tasks]
-    if num_eval_tasks >= len(examples):
-        raise ConfigError(
-            f"Expected num_eval_tasks below the {len(examples)} training tasks, got {num_eval_tasks}: hold out fewer."
-        )
+    train_examples, eval_examples = _load_sides(tasks, partition, eval_tasks, num_eval_tasks, seed)
     shape: dict[str, Any] = {
         "num_demonstrations": _parse_range(num_demonstrations),
         "queries_per_demonstrations": queries_per_demonstrations,
     }
-    train_tasks = {name: rows for name, rows in examples.items() if name not in held_out}
     rows = FewShotDataset(
-        train_tasks,
+        train_examples,
         num_rows=num_rows,
         seed=seed,
+        mixing=_parse_mixing(mixing),
+        mixing_limit=mixing_limit,
         balance_queries=balance_queries,
         permute_labels=permute_labels,
         symbol_labels=symbol_labels,
         **shape,
     )
     eval_rows = None
-    if held_out:
-        eval_tasks = {name: examples[name] for name in held_out}
-        eval_rows = FewShotDataset(eval_tasks, num_rows=4 * len(held_out), seed=seed + 1, **shape)
+    if eval_examples:
+        eval_rows = FewShotDataset(eval_examples, num_rows=4 * len(eval_examples), seed=seed + 1, **shape)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
     collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
     train(model, tokenizer, args, rows, eval_rows, collator, recipe=recipe, resume=resume)
+
+
+def _load_sides(
+    source: str, partition: Path | None, eval_source: str | None, num_eval_tasks: int, seed: int
+) -> tuple[Tasks, Tasks]:
+    """Return the tasks to train on, and those to measure the loss on: neither a test task nor one of the first."""
+    from mend_hf.data.metaicl import load_tasks
+    from mend_hf.data.partition import check_disjoint, hold_out_tasks, load_partition
+
+    if eval_source and num_eval_tasks:
+        raise ConfigError("Expected --num-eval-tasks or --eval-tasks, got both: leave one out.")
+    sides = load_partition(partition) if partition else None
+    test_tasks = sides.test if sides else ()
+    train_side = load_tasks(source, split="train", tasks=sides.train if sides else None)
+    if eval_source:
+        held_out = load_tasks(eval_source, split="train")
+        check_disjoint(training=train_side, evaluation=held_out, test=test_tasks)
+        return train_side, held_out
+    names = hold_out_tasks(train_side, num_eval_tasks, seed=seed, test_tasks=test_tasks)
+    remaining = {name: rows for name, rows in train_side.items() if name not in names}
+    return remaining, {name: train_side[name] for name in names}
 
 
 def _parse_range(text: str) -> int | tuple[int, int]:
@@ -201,3 +239,10 @@ def _parse_range(text: str) -> int | tuple[int, int]:
         return (int(low), int(high)) if high else int(low)
     except ValueError as error:
         raise ConfigError(f"Expected a number such as 16 or a range such as 4-16, got {text!r}.") from error
+
+
+def _parse_mixing(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -83,6 +83,11 @@ def get_text(row: Row, column: str, place: str) -> str:
     return row[column]
 
 
+def is_list_of_text(value: object) -> bool:
+    """Return whether a value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
