@@ -6,10 +6,10 @@ import warnings
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mend_hf.architectures import get_max_positions, get_sliding_window, reads_padding
-from mend_hf.errors import ShapeError, UnsupportedModelError
+from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
 
 
 def check_gradients(base_model: PreTrainedModel) -> None:
@@ -132,4 +132,18 @@ def check_positions(
             f"sliding window of {window}: in layers with that window its end no longer sees the demonstrations. "
             "Ask shorter queries or generate fewer tokens.",
             stacklevel=4,
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a tokenizer that knows more tokens than the model has embeddings for.
+
+    Raises:
+        ConfigError: It belongs to another model, or tokens were added to it alone.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > num_rows:
+        raise ConfigError(
+            f"Expected a tokenizer of at most {num_rows} tokens, for which {type(model).__name__} has embeddings, got "
+            f"one of {len(tokenizer)}: give the model's own, or call resize_token_embeddings after adding tokens."
         )

@@ -18,7 +18,7 @@ from mend_hf.config import MendConfig
 from mend_hf.distiller import DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
-from mend_hf.guards import check_gradients
+from mend_hf.guards import check_gradients, check_vocabulary
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
 from mend_hf.prompt_encoder import PromptEncoder, find_tokenizer
 
@@ -44,6 +44,7 @@ class WrappedModel(PushToHubMixin, nn.Module):
         super().__init__()
         task_type = check_base_model(base_model)
         tokenizer = tokenizer or find_tokenizer(base_model.name_or_path, config.base_model_revision)
+        check_vocabulary(base_model, tokenizer)
         fingerprint = get_fingerprint(base_model, tokenizer)
         check_fingerprint(config.base_model_fingerprint, fingerprint, "The distiller")
         self.mend_config = dataclasses.replace(
@@ -59,6 +60,7 @@ class WrappedModel(PushToHubMixin, nn.Module):
         if not config.is_shared:
             reader = load_reader(config).to(base_model.device)
             self.distiller_tokenizer = find_tokenizer(config.distiller_name_or_path, config.distiller_revision)
+            check_vocabulary(reader, self.distiller_tokenizer)
         self.tokenizer = tokenizer
         prompts: tuple[list[int] | None, list[int] | None, int | None] = (None, None, None)
         if self.mend_config.placeholder_initialization == "prompt":

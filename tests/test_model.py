@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_models import build_tiny_model, ids_of
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -280,3 +281,9 @@ def test_the_language_model_head_reads_contiguous_states_while_wrapped(model):
     model(**model.tokenize(["good food", "bad"]), demonstrations=SHOTS, logits_to_keep=1)
     assert seen == [True]
     assert not model.unload().get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    base = build_tiny_model("llama", **{**ids_of(tokenizer), "vocab_size": len(tokenizer) - 1})
+    with pytest.raises(ConfigError, match=rf"at most {len(tokenizer) - 1} tokens.* got one of {len(tokenizer)}"):
+        get_mend_model(base, MendConfig(num_virtual_tokens=2, lora_r=2), tokenizer)
