@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -79,7 +81,7 @@ def test_nothing_is_counted_in_a_pause_before_the_start_and_behind_the_stop(cloc
 def test_a_part_ends_where_an_error_leaves_it(clock):
     watch = Stopwatch("cpu")
     watch.start()
-    with pytest.raises(ZeroDivisionError), watch.measure("student"):
+    with suppress(ZeroDivisionError), watch.measure("student"):
         clock.pass_time(1)
         raise ZeroDivisionError
     clock.pass_time(2)
@@ -123,67 +125,73 @@ def test_a_compiled_module_runs_unharmed_and_belongs_to_the_part_around():
     assert set(watch.pop()) == {"student", "rest"}
 
 
-class QueuedEvent:
-    """An event as CUDA has them: it happens when the GPU, which is behind, comes to it."""
+class Gpu:
+    """A GPU that is behind: its events happen when it is told to go on."""
 
-    queue: list = []
-    num_waits = 0
+    def __init__(self):
+        self.queue = []
+        self.seconds = self.num_waits = 0
 
-    def __init__(self, enable_timing):
+    def make_event(self, enable_timing):
         assert enable_timing
-        self.time = None
+        return GpuEvent(self)
+
+    def go_on(self, num_events=None):
+        """Come to the next events, a second of work each."""
+        for event in self.queue[:num_events]:
+            self.seconds += 1
+            event.seconds = self.seconds
+        del self.queue[:num_events]
+
+
+class GpuEvent:
+    """What `torch.cuda.Event` offers."""
+
+    def __init__(self, gpu):
+        self.gpu, self.seconds = gpu, None
 
     def record(self):
-        QueuedEvent.queue.append(self)
+        self.gpu.queue.append(self)
 
     def query(self):
-        return self.time is not None
+        return self.seconds is not None
 
     def synchronize(self):
-        QueuedEvent.num_waits += 1
-        run_gpu()
+        self.gpu.num_waits += 1
+        self.gpu.go_on()
 
     def elapsed_time(self, end):
-        return end.time - self.time
-
-
-def run_gpu(num_events=None):
-    """Let the GPU come to the next events, a second of work each."""
-    for event in QueuedEvent.queue[:num_events]:
-        event.time = run_gpu.now = run_gpu.now + 1000
-    del QueuedEvent.queue[:num_events]
+        return 1000 * (end.seconds - self.seconds)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", QueuedEvent)
-    monkeypatch.setattr(QueuedEvent, "queue", [])
-    monkeypatch.setattr(QueuedEvent, "num_waits", 0)
-    run_gpu.now = 0
+    gpu = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.make_event)
+    return gpu
 
 
-@pytest.mark.usefixtures("gpu")
-def test_on_a_gpu_nothing_waits_before_the_times_are_asked_for():
+def test_on_a_gpu_nothing_waits_before_the_times_are_asked_for(gpu):
     watch = Stopwatch("cuda")
     watch.start()
     for _ in range(3):
         with watch.measure("student"), watch.measure("teacher"):
             pass
-    run_gpu(4)
-    assert QueuedEvent.num_waits == 0
+    gpu.go_on(4)
+    assert gpu.num_waits == 0
     assert watch.pop() == {"rest": 4, "student": 6, "teacher": 3}
-    assert QueuedEvent.num_waits == 1
+    assert gpu.num_waits == 1
 
 
-@pytest.mark.usefixtures("gpu")
-def test_on_a_gpu_a_long_training_does_not_keep_all_its_events():
+def test_on_a_gpu_a_long_training_does_not_keep_all_its_events(gpu):
     watch = Stopwatch("cuda")
     watch.start()
     for _ in range(10 * module._MAX_OPEN_LAPS):
         with watch.measure("student"):
-            run_gpu()
+            gpu.go_on()
     assert len(watch._laps) <= module._MAX_OPEN_LAPS + 1
     assert sum(watch.pop().values()) == 20 * module._MAX_OPEN_LAPS + 1
+    assert gpu.num_waits == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
