@@ -16,6 +16,7 @@ from mend_hf.fingerprint import hash_tensors
 from mend_hf.losses import IGNORE_INDEX, hidden_loss, kd_loss, nll_loss
 from mend_hf.model import MendModel
 from mend_hf.routes import get_route
+from mend_hf.stopwatch import Stopwatch
 from mend_hf.teacher import Teacher, join_text, pick_layers
 from mend_hf.teacher_cache import TeacherCache
 from mend_hf.training_args import MendTrainingArguments
@@ -36,6 +37,7 @@ class Objective:
     def __init__(self, model: MendModel | PreTrainedModel, args: MendTrainingArguments) -> None:
         self.model = model
         self.args = args
+        self.stopwatch = Stopwatch(args.device)
         self.teacher = _make_teacher(model, args) if isinstance(model, MendModel) and args.needs_teacher else None
 
     def __call__(
@@ -55,7 +57,7 @@ class Objective:
                 "Expected teacher_input_ids in the batch because kd_loss_weight or hidden_loss_weight is above 0, got "
                 "none: use MendCollator(..., with_teacher=True), or set both to 0."
             )
-        outputs = self._run_student(model, batch)
+        outputs = self.run_student(model, batch)
         logits = outputs.logits[:, : labels.shape[1]]
         losses: dict[str, Tensor] = {}
         if (labels != IGNORE_INDEX).any():
@@ -63,7 +65,8 @@ class Objective:
         if self.teacher is None or not isinstance(self.model, MendModel):
             return losses, outputs
         targets = self.model.route.target_inputs(batch["labels"])
-        teacher = self.teacher(self.model, {**batch, **targets}, mask)
+        with self.stopwatch.measure("teacher"):
+            teacher = self.teacher(self.model, {**batch, **targets}, mask)
         if self.args.kd_loss_weight:
             losses["kd_loss"] = kd_loss(
                 logits,
@@ -97,7 +100,7 @@ class Objective:
         mask = batch["attention_mask"].bool()
         return batch["labels"][:, 1:], mask[:, 1:] & mask[:, :-1]
 
-    def _run_student(self, model: nn.Module, batch: Mapping[str, Tensor]) -> ModelOutput:
+    def run_student(self, model: nn.Module, batch: Mapping[str, Tensor]) -> ModelOutput:
         """Return what is trained to say, at the query's positions: behind a prefix, or behind the text itself."""
         if isinstance(self.model, MendModel):
             inputs = {name: value for name, value in batch.items() if name != "labels" and "teacher" not in name}

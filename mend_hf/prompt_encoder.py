@@ -155,7 +155,7 @@ class PromptEncoder:
             warn: Say in a warning how many tokens were lost.
         """
         is_plain_text = all(demonstration.output is None for demonstration in demonstrations)
-        opening_ids = self._bos_ids if is_plain_text else self._opening_ids
+        opening_ids = self._bos_ids if is_plain_text else self.opening_ids
         window = self.config.max_distiller_tokens - len(opening_ids)
         groups: list[list[EncodedChunk]] = []
         num_kept, num_lost_tokens, is_full = 0, 0, False
@@ -199,7 +199,7 @@ class PromptEncoder:
     @property
     def first_id(self) -> int | None:
         """The id that demonstrations begin with; None: with whatever the first input begins with."""
-        return next(iter(self._opening_ids + self.empty_prompt_ids), None)
+        return next(iter(self.opening_ids + self.empty_prompt_ids), None)
 
     @property
     def separator_ids(self) -> list[int]:
@@ -212,7 +212,7 @@ class PromptEncoder:
         return self._turn_end_ids[0] if len(self._turn_end_ids) == 1 else None
 
     @property
-    def _opening_ids(self) -> list[int]:
+    def opening_ids(self) -> list[int]:
         """What stands in front of the first demonstration."""
         return self._bos_ids if self._format.opening is None else self._ids(self._format.opening)
 
@@ -238,7 +238,7 @@ class PromptEncoder:
         if self._format.opening is None:
             return
         num_around = len(self.empty_prompt_ids)
-        for name, num_first in (("max_demonstration_tokens", 0), ("max_distiller_tokens", len(self._opening_ids))):
+        for name, num_first in (("max_demonstration_tokens", 0), ("max_distiller_tokens", len(self.opening_ids))):
             budget, least = getattr(self.config, name), num_first + num_around + MIN_TEXT_TOKENS
             if budget < least:
                 raise ConfigError(

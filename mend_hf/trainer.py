@@ -24,11 +24,11 @@ from mend_hf.model import MendModel
 from mend_hf.nonfinite import write_batch
 from mend_hf.objective import Objective
 from mend_hf.passes import split_batch
-from mend_hf.resumable import ResumableTrainer
 from mend_hf.training_args import MendTrainingArguments
+from mend_hf.watched import WatchedTrainer
 
 
-class MendTrainer(ResumableTrainer):
+class MendTrainer(WatchedTrainer):
     """Trains a distiller; the base model is teacher (with the text) and student (with the prefix), and never changes.
 
     loss = nll_loss_weight * NLL(target) + kd_loss_weight * divergence(teacher, student) + hidden_loss_weight *
@@ -43,6 +43,8 @@ class MendTrainer(ResumableTrainer):
         train_dataset: Rows {"demonstrations", "query", "target"}, see `MendCollator`.
         eval_dataset: Rows of the same form; `eval_kd_loss` and `eval_nll_loss` are reported beside `eval_loss`.
         data_collator: None: a `MendCollator` for the model.
+        probe_dataset: A handful of rows on which, every `probe_steps`, student, teacher and zero-shot are compared;
+            `probe_kl`, `probe_nll`, `probe_teacher_nll` and `probe_zero_shot_nll` are logged. None: no comparison.
         **kwargs: Passed to `Trainer`. A bare language model without a collator needs `processing_class`, its
             tokenizer.
 
@@ -60,6 +62,7 @@ class MendTrainer(ResumableTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         data_collator: Any = None,
+        probe_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         _check_model(model, args)
@@ -69,8 +72,8 @@ class MendTrainer(ResumableTrainer):
         self._num_kd_tokens: Tensor | None = None
         self._batches: list[Any] = []  # of the step at hand
         super().__init__(
-            model,
-            args,
+            self._objective,
+            probe_dataset,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
@@ -96,7 +99,8 @@ class MendTrainer(ResumableTrainer):
         """Return the weighted loss, divided by the tokens of all accumulated batches."""
         in_training = model.training
         num_items = (num_items_in_batch, self._num_kd_tokens) if in_training else (None, None)
-        losses, outputs = self._objective(model, dict(inputs), *num_items)
+        with self._objective.stopwatch.measure("student"):
+            losses, outputs = self._objective(model, dict(inputs), *num_items)
         loss = self._objective.weigh(losses, outputs.logits)
         values = {name: value.item() for name, value in losses.items()}
         if not in_training:

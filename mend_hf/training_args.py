@@ -83,6 +83,10 @@ class MendTrainingArguments(TrainingArguments):
             "together, which saves padding and memory and changes no gradient. None: always in one."
         },
     )
+    probe_steps: int = field(
+        default=100,
+        metadata={"help": "Steps between two looks at the probe rows, where there are some, see `probe.Probe`."},
+    )
     nonfinite_loss: Literal["stop", "skip"] = field(
         default="stop",
         metadata={
@@ -135,6 +139,8 @@ class MendTrainingArguments(TrainingArguments):
             problems.append(f"kd_temperature: expected a number above 0, got {self.kd_temperature}")
         if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
             problems.append(f"max_tokens_per_pass: expected 1 or more, or None, got {self.max_tokens_per_pass}")
+        if self.probe_steps < 1:
+            problems.append(f"probe_steps: expected 1 or more, got {self.probe_steps}")
         if self.hidden_loss_layers == []:
             problems.append("hidden_loss_layers: expected at least one layer, or None for all, got none")
         if self.teacher_cache_dir is not None and (not self.kd_top_k or self.hidden_loss_weight):
