@@ -25,9 +25,9 @@ class WatchedTrainer(ResumableTrainer):
 
     Beside the loss stand, of the time since the last such log, `rows_per_second` and `tokens_per_second` of all
     processes: a row is one distilling; its tokens are those of its demonstrations, counted once, of its queries and of
-    their targets. Then the shares of that time, in the first process: `teacher_time_fraction`, `distiller_time_fraction`,
-    `student_time_fraction` (the base model behind the prefix, and the losses), `backward_time_fraction` and
-    `rest_time_fraction` (data, optimizer). Evaluating, probing and saving do not count.
+    their targets. Then the shares of that time, in the first process: `teacher_time_fraction`,
+    `distiller_time_fraction`, `student_time_fraction` (the base model behind the prefix, and the losses),
+    `backward_time_fraction` and `rest_time_fraction` (data, optimizer). Evaluating, probing and saving do not count.
 
     What the probe measures is logged before the first step, every `probe_steps` and at the end.
 
