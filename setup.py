@@ -28,6 +28,7 @@ EXTRAS = {
     "gguf": ["gguf"],
     "docs": ["sphinx", "myst-parser", "furo"],
     "quantized": ["optimum-quanto"],
+    "train": ["matplotlib"],
 }
 EXTRAS["eval"] = ["evaluate", "scikit-learn", *EXTRAS["data"]]
 EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]

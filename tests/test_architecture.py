@@ -24,7 +24,7 @@ LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch", "stopwatch"),
     ("config", "fingerprint", "guards", "messages"),
-    ("checkpoints", "demonstrations", "nonfinite", "passes", "prompt_format"),
+    ("checkpoints", "curves", "demonstrations", "nonfinite", "passes", "prompt_format"),
     ("prompt_encoder",),
     ("demonstration_batch", "prefix", "provenance"),
     ("caches", "pooling", "projection", "recompute"),
