@@ -22,7 +22,7 @@ MAX_LINES = 400
 # From the ground up: a module imports only what stands on a lower line. A name that ends in "/" is a folder.
 LAYERS = (
     ("errors",),
-    ("losses", "files", "architectures", "adapter_switch", "stopwatch"),
+    ("losses", "files", "architectures", "adapter_switch", "progress", "stopwatch"),
     ("config", "fingerprint", "guards", "messages"),
     ("checkpoints", "curves", "demonstrations", "nonfinite", "passes", "prompt_format"),
     ("prompt_encoder",),
