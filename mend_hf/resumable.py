@@ -97,7 +97,8 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         self._save_model(folder, state_dict)
-        write_json(folder / RUN_NAME, self._describe_run())
+        if self.args.should_save:  # sharded weights are put together, and come here, in every process
+            write_json(folder / RUN_NAME, self._describe_run())
 
     def _save_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         super()._save(str(folder), state_dict)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from mend_hf.architectures import check_base_model
@@ -24,6 +26,7 @@ from mend_hf.model import MendModel
 from mend_hf.nonfinite import write_batch
 from mend_hf.objective import Objective
 from mend_hf.passes import split_batch
+from mend_hf.sharding import check_sharding, cut_up, gather_whole, own_part, stay_whole_in_a_step
 from mend_hf.training_args import MendTrainingArguments
 from mend_hf.watched import WatchedTrainer
 
@@ -79,6 +82,8 @@ class MendTrainer(WatchedTrainer):
             data_collator=data_collator,
             **kwargs,
         )
+        if isinstance(model, MendModel):
+            check_sharding(self.accelerator, args.nonfinite_loss)
         self._losses = LossLog(self.accelerator, parts_add_up=args.average_tokens_across_devices)
 
     @property
@@ -117,15 +122,29 @@ class MendTrainer(WatchedTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward over a batch, in several passes where it has more than `max_tokens_per_pass`."""
-        if self.args.max_tokens_per_pass is None or num_items_in_batch is None or "query_task_rows" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        labels_apart = self._inner_model.config.is_encoder_decoder
-        *first, last = split_batch(inputs, self.args.max_tokens_per_pass, labels_apart=labels_apart)
+        *first, last = self._split(inputs, num_items_in_batch)
         loss = torch.zeros((), device=self.args.device)
         for part in first:
             with self.accelerator.no_sync(model):  # processes may have different numbers of passes
                 loss += super().training_step(model, part, num_items_in_batch)
-        return loss + super().training_step(model, last, num_items_in_batch)
+        loss += super().training_step(model, last, num_items_in_batch)
+        if self._is_sharded:
+            cut_up(self.model)
+        return loss
+
+    def _split(self, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> list[dict[str, Tensor]]:
+        """Return a batch's passes; one where losses are not sums, or where every pass is an exchange of weights."""
+        budget = self.args.max_tokens_per_pass
+        if budget is None or num_items_in_batch is None or "query_task_rows" not in inputs or self._is_sharded:
+            return [inputs]
+        return split_batch(inputs, budget, labels_apart=self._inner_model.config.is_encoder_decoder)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the model, and let a sharded one stay whole within a step."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._is_sharded:
+            stay_whole_in_a_step(self.model)
+        return prepared
 
     def _pass_over(self, batches: list[Any], values: dict[str, float]) -> Tensor:
         """Return a loss without a gradient in place of one that is not finite, and count it; or stop.
@@ -133,8 +152,8 @@ class MendTrainer(WatchedTrainer):
         Raises:
             TrainingError: The arguments say so, or the weights themselves are not finite any more.
         """
-        nothing = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad) * 0.0
-        is_lost = not bool(nothing.isfinite())
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        is_lost = not all(bool(own_part(parameter).isfinite().all()) for parameter in trained)
         if self.args.nonfinite_loss == "stop" or is_lost:
             tokenizer = self._inner_model.tokenizer if isinstance(self._inner_model, MendModel) else None
             path = write_batch(self.args.output_dir, batches, values, self.state.global_step, tokenizer)
@@ -146,7 +165,7 @@ class MendTrainer(WatchedTrainer):
             )
         for _ in batches:
             self._losses.skip()
-        return nothing
+        return sum((parameter.sum() for parameter in trained), start=torch.zeros((), device=self.args.device)) * 0.0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradients; drop them where it is not finite, so that the optimizer changes nothing.
@@ -198,11 +217,37 @@ class MendTrainer(WatchedTrainer):
             logs |= {"skipped_batches": num_skipped} if num_skipped else {}
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the distiller, put together by all processes where each holds a part; see `Trainer.save_model`."""
+        if not self._is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = {name: gather_whole(tensor) for name, tensor in self._inner_model.state_dict().items()}
+        if self.args.should_save:
+            self._save(output_dir, state_dict=whole)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether every process holds a part of a distiller."""
+        return self.is_fsdp_enabled and isinstance(self._inner_model, MendModel)
+
     def _save_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         if isinstance(self._inner_model, MendModel):
-            self._inner_model.save_pretrained(folder)
+            if self.args.should_save:
+                self._inner_model.save_pretrained(folder, state_dict=state_dict)
         else:
             super()._save_model(folder, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both; transformers would save the frozen base model beside a sharded optimizer."""
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self._inner_model, MendModel):

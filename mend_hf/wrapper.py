@@ -21,6 +21,7 @@ from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.guards import check_gradients, check_vocabulary
 from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
 from mend_hf.prompt_encoder import PromptEncoder, find_tokenizer
+from mend_hf.sharding import copy_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,16 +114,23 @@ class WrappedModel(PushToHubMixin, nn.Module):
         return self.base_model.train(self._before[0])
 
     def save_pretrained(
-        self, save_directory: str | Path, *, dtype: torch.dtype | None = None, **push_to_hub: Any
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **push_to_hub: Any,
     ) -> None:
         """Write the distiller into a folder: config, trained tensors and a card; never base weights.
 
         Args:
             save_directory: Made if need be, a CheckpointError if it is a file; all files are written or none.
             dtype: Store the tensors in this type, e.g. `torch.bfloat16` to halve them; None: as they are.
+            state_dict: Store these in place of the distiller's own tensors, of which a process may hold parts alone.
             **push_to_hub: Accepted for `push_to_hub`, which saves through this method.
         """
-        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.distiller.trained_tensors()}
+        own = self.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in own.items()}
         save_distiller(save_directory, self.mend_config, tensors)
 
     @classmethod
@@ -175,9 +183,8 @@ class WrappedModel(PushToHubMixin, nn.Module):
         """Load the distiller's trained tensors; names and shapes are checked in any case."""
         trained = dict(self.distiller.trained_tensors())
         check_tensor_names(trained, dict(state_dict), "the given state")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(state_dict[name])
+        for name, parameter in trained.items():
+            copy_whole(parameter, state_dict[name])
         return nn.modules.module._IncompatibleKeys([], [])
 
     def __getattr__(self, name: str) -> Any:

@@ -23,7 +23,7 @@ MAX_LINES = 400
 LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch", "progress", "stopwatch"),
-    ("config", "fingerprint", "guards", "messages"),
+    ("config", "fingerprint", "sharding", "guards", "messages"),
     ("checkpoints", "curves", "demonstrations", "nonfinite", "passes", "prompt_format"),
     ("prompt_encoder",),
     ("demonstration_batch", "prefix", "provenance"),

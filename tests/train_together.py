@@ -1,6 +1,8 @@
-"""Trains a tiny distiller in as many processes as it is launched in: `train_together.py FOLDER ROWS ACCUMULATION`.
+"""Trains a tiny distiller in as many processes as it is launched in.
 
-The main process writes FOLDER/result.json, the logged losses, and saves the distiller into FOLDER.
+`train_together.py FOLDER ROWS ACCUMULATION FORM`, and behind that `sharded` for weights sharded by FSDP2, `adamw` for
+an optimizer with states, and `resume` to go on from FOLDER's checkpoint. The main process writes FOLDER/result.json,
+the logged losses, and saves the distiller into FOLDER.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from build_tokenizer import FOLDER
 from tiny_models import build_tiny_model, ids_of
 from transformers import AutoTokenizer
@@ -27,26 +31,44 @@ ROWS = [
 ]
 
 
-def main(folder: Path, rows_a_process: int, accumulation: int) -> None:
+def allow_sharding_on_cpus() -> None:
+    """Let Accelerate use FSDP between CPUs, where it leaves it out though torch has it."""
+    start = AcceleratorState.__init__
+
+    def start_with_sharding(self, *args, fsdp_plugin=None, **kwargs):
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = start_with_sharding
+
+
+def main(folder: Path, rows_a_process: int, accumulation: int, form: str, *options: str) -> None:
     """Train for three steps of four rows and evaluate."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    config = MendConfig(num_virtual_tokens=3, lora_r=2)
+    config = MendConfig(num_virtual_tokens=3, lora_r=2, prefix_form=form)
     model = get_mend_model(build_tiny_model("llama", **ids_of(tokenizer)), config, tokenizer)
+    sharding = {}
+    if "sharded" in options:
+        allow_sharding_on_cpus()
+        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     args = MendTrainingArguments(
-        output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=rows_a_process, optim="sgd",
+        output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=rows_a_process,
+        optim="adamw_torch" if "adamw" in options else "sgd",
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, logging_steps=1, report_to="none",
-        disable_tqdm=True, use_cpu=True, save_steps=3, seed=3,
+        disable_tqdm=True, use_cpu=True, save_steps=1, seed=3, **sharding,
     )  # fmt: skip
     trainer = MendTrainer(model=model, args=args, train_dataset=ROWS, eval_dataset=ROWS[:4])
-    trainer.train()
+    trainer.train(resume_from_checkpoint="resume" in options)
+    kinds = sorted({type(parameter).__name__ for parameter in model.base_model.parameters()})
     metrics = trainer.evaluate()
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result = {"num_processes": args.world_size, "logs": logs, "metrics": metrics}
+        result = {"num_processes": args.world_size, "parameters": kinds, "logs": logs, "metrics": metrics}
         (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
