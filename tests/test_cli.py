@@ -269,6 +269,29 @@ def test_finetune_saves_the_checkpoint_that_is_best_on_held_out_tasks(
     assert [name for name in saved if not torch.equal(saved[name], best[name])] == []
 
 
+def test_finetune_writes_rows_in_the_formats_that_are_named(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["finetune", "--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
+    words += [*NEW_DISTILLER, *FEW_STEPS]
+    weights = []
+    for name, options in (
+        ("own", []),
+        ("same", ["--prompt-format", "plain"]),
+        ("mixed", ["--prompt-format", "plain", "--prompt-format", '{"input_prefix": "good "}']),
+    ):
+        result = mend(*words, "--output-dir", tmp_path / name, *options)
+        assert result.code == 0, result.err
+        weights.append(load_file(tmp_path / name / "mend_model.safetensors"))
+    own, same, mixed = weights
+    assert [name for name in own if not torch.equal(own[name], same[name])] == []
+    assert [name for name in own if not torch.equal(own[name], mixed[name])] != []
+    refused = [*words, "--output-dir", tmp_path / "refused", "--prompt-format"]
+    assert_refused(mend(*refused, "chat"), "set tokenizer.chat_template")
+    assert_refused(mend(*refused, '{"input_prefix"'), "a JSON object as --prompt-format")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_finetune_refuses_tasks_on_two_sides(mend: Mend, base_folder: Path, data: Path, tmp_path: Path) -> None:
     words = ["finetune", "--base-model", base_folder, "--output-dir", tmp_path / "out", "--tasks", data / "tasks"]
     film = data / "tasks" / "film.train.jsonl"

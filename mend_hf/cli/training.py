@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -139,6 +140,14 @@ def finetune(
     symbol_labels: Annotated[
         float, typer.Option(help="Fraction of rows whose labels become words of no meaning.", min=0.0, max=1.0)
     ] = 0.0,
+    prompt_formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt-format",
+            help='Write every row in one of these: "chat", "plain", or texts such as \'{"input_prefix": "Q: "}\'; may '
+            "be repeated. Default: the distiller's.",
+        ),
+    ] = None,
     num_eval_tasks: Annotated[int, typer.Option(help="Training tasks held out to measure the loss on.", min=0)] = 0,
     eval_tasks: Annotated[
         str | None, typer.Option(help="Other tasks to measure the loss on, in place of held-out ones.")
@@ -202,6 +211,7 @@ def finetune(
         balance_queries=balance_queries,
         permute_labels=permute_labels,
         symbol_labels=symbol_labels,
+        prompt_formats=[_parse_prompt_format(text) for text in prompt_formats or []],
         **shape,
     )
     eval_rows = None
@@ -209,6 +219,8 @@ def finetune(
         eval_rows = FewShotDataset(eval_examples, num_rows=4 * len(eval_examples), seed=seed + 1, **shape)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
     collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
+    for choice in rows.prompt_formats:  # one that the tokenizer cannot write is refused now, and not in some step
+        collator([rows[0] | {"prompt_format": choice}])
     train(model, tokenizer, args, rows, eval_rows, collator, recipe=recipe, resume=resume)
 
 
@@ -246,3 +258,12 @@ def _parse_mixing(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def _parse_prompt_format(text: str) -> Any:
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else text
+    except ValueError as error:
+        raise ConfigError(
+            f'Expected "chat", "plain" or a JSON object as --prompt-format, got {text!r} ({error}): correct it.'
+        ) from error
