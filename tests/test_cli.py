@@ -269,6 +269,21 @@ def test_finetune_saves_the_checkpoint_that_is_best_on_held_out_tasks(
     assert [name for name in saved if not torch.equal(saved[name], best[name])] == []
 
 
+@pytest.mark.parametrize("name", ["text.jsonl", "text.jsonl.zst"])
+def test_pretrain_reads_text_as_a_stream(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr("mend_hf.data.text.TextDataset.__init__")
+    lines = (data / "text.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(zstandard.compress(lines) if name.endswith(".zst") else lines)
+    words = ["--base-model", base_folder, "--streaming", *NEW_DISTILLER, *FEW_STEPS]
+    result = mend("pretrain", *words, "--text", tmp_path / name, "--output-dir", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "checkpoint-4" / "mend_model.safetensors").is_file()
+    missing = mend("pretrain", *words, "--text", tmp_path / "none.jsonl", "--output-dir", tmp_path / "other")
+    assert_refused(missing, "none.jsonl, got none: check the path")
+
+
 def test_finetune_writes_rows_in_the_formats_that_are_named(
     mend: Mend, base_folder: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from mend_hf.cli.run import load_for_training, make_arguments, make_collator, ma
 from mend_hf.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mend_hf.data.metaicl import Example
 
 Tasks: TypeAlias = "dict[str, list[Example]]"
@@ -67,6 +69,9 @@ def pretrain(
     settings: Setting = None,
     text_column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a document: 80 % demonstrations, the rest query.")] = 1024,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read documents as they come, for text too large to hold in memory.")
+    ] = False,
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
@@ -85,6 +90,8 @@ def pretrain(
 
     `mend pretrain --base-model HuggingFaceTB/SmolLM2-135M-Instruct --text my-texts.jsonl --output-dir stage1`
     """
+    from mend_hf.data.documents import TextStream
+    from mend_hf.data.streaming import StreamingTextDataset
     from mend_hf.data.text import TextDataset, load_texts
 
     config = make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
@@ -102,9 +109,18 @@ def pretrain(
         resume=resume,
         device=device,
     )  # fmt: skip
-    texts = load_texts(text, text_column=text_column)
+    texts: Iterable[str]
+    if streaming:
+        texts = TextStream(text, text_column=text_column, streaming=True)
+    else:
+        texts = load_texts(text, text_column=text_column)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
-    rows = TextDataset(texts, tokenizer=tokenizer, max_tokens=max_tokens, num_rows=num_rows, seed=seed)
+    shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens, "num_rows": num_rows, "seed": seed}
+    rows: TextDataset | StreamingTextDataset
+    if streaming:
+        rows = StreamingTextDataset(texts, batch_size=args.train_batch_size * args.world_size, **shape)
+    else:
+        rows = TextDataset(texts, **shape)
     train(model, tokenizer, args, rows, None, make_collator(model, tokenizer, args), recipe=recipe, resume=resume)
 
 
