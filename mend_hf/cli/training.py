@@ -29,6 +29,10 @@ BaseModelId = Annotated[
 ]
 NumRows = Annotated[int, typer.Option(help="Training rows in all; a row is one distilling.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)]
+GroupByLength = Annotated[
+    bool,
+    typer.Option("--group-by-length", help="Put rows of like length into a step: less padding, less mixed batches."),
+]
 Accumulation = Annotated[int, typer.Option(help="Forward passes of one optimizer step.", min=1)]
 Recipe = Annotated[
     str,
@@ -75,6 +79,7 @@ def pretrain(
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
+    group_by_length: GroupByLength = False,
     recipe: Recipe = "pretrain",
     arguments: Argument = None,
     learning_rate: LearningRate = None,
@@ -103,6 +108,7 @@ def pretrain(
             "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
+            "train_sampling_strategy": "group_by_length" if group_by_length else None,
         },
         arguments,
         has_evaluation=False,
@@ -175,6 +181,7 @@ def finetune(
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
+    group_by_length: GroupByLength = False,
     recipe: Recipe = "finetune",
     arguments: Argument = None,
     learning_rate: LearningRate = None,
@@ -206,6 +213,7 @@ def finetune(
             "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
+            "train_sampling_strategy": "group_by_length" if group_by_length else None,
             "load_best_model_at_end": has_evaluation and load_best_model_at_end is not False,
         },
         arguments,

@@ -159,9 +159,16 @@ class TextDataset(Dataset[dict[str, Any]]):
         """
         if not 0 <= index < self.num_rows:
             raise IndexError(f"Expected a row from 0 to {self.num_rows - 1}, got {index}.")
+        return self._cutter.cut(*self._draw(index))
+
+    def row_lengths(self) -> list[int]:
+        """Return the characters of every row's document: the more, the longer the row, until it is a whole window."""
+        return [len(self._draw(index)[0]) for index in range(self.num_rows)]
+
+    def _draw(self, index: int) -> tuple[str, random.Random]:
         # A string as the seed is hashed alike in every process and Python version; hash() is not.
         rng = random.Random(f"{self.seed}:{index}")
-        return self._cutter.cut(rng.choice(self.texts), rng)
+        return rng.choice(self.texts), rng
 
 
 def check_num_rows(num_rows: int) -> None:
