@@ -284,6 +284,19 @@ def test_pretrain_reads_text_as_a_stream(
     assert_refused(missing, "none.jsonl, got none: check the path")
 
 
+def test_steps_of_rows_of_like_length_are_asked_for_by_name(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, *NEW_DISTILLER, *FEW_STEPS, "--group-by-length", "--output-dir", tmp_path]
+    result = mend("finetune", *words, "--tasks", data / "tasks", "--num-demonstrations", "1-6")
+    assert result.code == 0, result.err
+    run = json.loads((tmp_path / "checkpoint-4" / "training_run.json").read_text())
+    assert run["arguments"]["train_sampling_strategy"] == "group_by_length"
+    words[-1] = tmp_path / "other"
+    streamed = mend("pretrain", *words, "--text", data / "text.jsonl", "--streaming")
+    assert_refused(streamed, "rows that come as a stream", "leave it out")
+
+
 def test_finetune_writes_rows_in_the_formats_that_are_named(
     mend: Mend, base_folder: Path, data: Path, tmp_path: Path
 ) -> None:
