@@ -9,7 +9,6 @@ TEXTS and TASKS are files, folders or Hub ids: by default the paper's, on the Hu
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,10 @@ from mend_hf.data.text import TextDataset, load_texts
 
 def train(model: MendModel, stage: str, rows: Any, eval_rows: Any, args: argparse.Namespace) -> None:
     """Train one stage, print the held-out losses before and after it, and save the distiller."""
-    output_dir = Path(args.output_dir) / stage
     steps = max(len(rows) // args.batch_size, 1)
     training_args = MendTrainingArguments.from_recipe(
         stage,
-        output_dir=str(output_dir),
+        output_dir=f"{args.output_dir}/{stage}",
         max_steps=steps,
         warmup_steps=steps // 20,
         per_device_train_batch_size=args.batch_size,
@@ -43,7 +41,7 @@ def train(model: MendModel, stage: str, rows: Any, eval_rows: Any, args: argpars
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     print(f"{stage}: held-out loss {before:.4g} before, {trainer.evaluate()['eval_loss']:.4g} after")
-    model.save_pretrained(output_dir)
+    model.save_pretrained(training_args.output_dir)
 
 
 def main() -> None:
