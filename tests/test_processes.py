@@ -36,9 +36,9 @@ def launch(num_processes, *arguments):
     assert [process.returncode for process in processes] == [0] * num_processes, errors
 
 
-def train(folder, num_processes, rows_a_process, accumulation):
+def train(folder, num_processes, rows_a_process, accumulation, *kind):
     folder.mkdir()
-    launch(num_processes, folder, rows_a_process, accumulation)
+    launch(num_processes, folder, rows_a_process, accumulation, *kind)
     return json.loads((folder / "result.json").read_text()), load_file(folder / "mend_model.safetensors")
 
 
@@ -56,3 +56,13 @@ def test_two_processes_train_as_one_with_the_same_rows_a_step(tmp_path, accumula
     for name, tensor in weights.items():
         torch.testing.assert_close(weights_of_two[name], tensor, atol=1e-5, rtol=1e-5)
     assert (tmp_path / "two" / "out" / "checkpoint-3" / "rng_state_1.pth").exists()
+
+
+def test_two_processes_read_a_stream_as_one_does(tmp_path):
+    one, weights = train(tmp_path / "one", 1, 4, 1, "stream")
+    two, weights_of_two = train(tmp_path / "two", 2, 2, 1, "stream")
+    losses, losses_of_two = ([entry["loss"] for entry in run["logs"]] for run in (one, two))
+    assert len({*losses}) == 3
+    assert losses_of_two == pytest.approx(losses, abs=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(weights_of_two[name], tensor, atol=1e-5, rtol=1e-5)

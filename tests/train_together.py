@@ -1,5 +1,7 @@
 """Trains a tiny distiller in as many processes as it is launched in: `train_together.py FOLDER ROWS ACCUMULATION`.
 
+With "stream" behind these it trains on text that is read as it comes.
+
 The main process writes FOLDER/result.json, the logged losses, and saves the distiller into FOLDER.
 """
 
@@ -15,6 +17,7 @@ from tiny_models import build_tiny_model, ids_of
 from transformers import AutoTokenizer
 
 from mend_hf import MendConfig, MendTrainer, MendTrainingArguments, get_mend_model
+from mend_hf.data.streaming import StreamingTextDataset
 
 # Targets of very different lengths, so that a mean over processes is not the mean over tokens.
 PAIRS = [
@@ -27,7 +30,10 @@ ROWS = [
 ]
 
 
-def main(folder: Path, rows_a_process: int, accumulation: int) -> None:
+TEXTS = [" ".join(["great film was good", "a bore", "very funny"][: 1 + number % 3] * 3) for number in range(10)]
+
+
+def main(folder: Path, rows_a_process: int, accumulation: int, kind: str = "tasks") -> None:
     """Train for three steps of four rows and evaluate."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
@@ -38,7 +44,9 @@ def main(folder: Path, rows_a_process: int, accumulation: int) -> None:
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, logging_steps=1, report_to="none",
         disable_tqdm=True, use_cpu=True, save_steps=3, seed=3,
     )  # fmt: skip
-    trainer = MendTrainer(model=model, args=args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    stream = StreamingTextDataset(TEXTS, tokenizer=tokenizer, min_tokens=4, num_rows=12, seed=1, shuffle_buffer=3)
+    rows = stream if kind == "stream" else ROWS
+    trainer = MendTrainer(model=model, args=args, train_dataset=rows, eval_dataset=ROWS[:4])
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model(str(folder))
@@ -49,4 +57,4 @@ def main(folder: Path, rows_a_process: int, accumulation: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
