@@ -105,6 +105,17 @@ def test_a_data_set_in_shards_is_read_whole_by_every_worker(stream, num_workers)
     assert rows == [*stream()]
 
 
+def test_a_data_set_of_the_hub_is_streamed_too(tmp_path):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    lines = [json.dumps({"content": text}) for text in DOCUMENTS]
+    (tmp_path / "hub" / "data" / "validation.jsonl").write_text("\n".join(lines))
+    hub = {"split": "validation", "streaming": True, "cache_dir": str(tmp_path / "cache")}
+    texts = TextStream(tmp_path / "hub", text_column="content", **hub)
+    assert [*texts] == [*texts] == DOCUMENTS
+    with pytest.raises(DataError, match=r"\(validation\):1: expected a field 'text'"):
+        list(TextStream(tmp_path / "hub", **hub))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_training_that_goes_on_makes_the_losses_of_one_never_stopped(
     tiny_model, tokenizer, tmp_path, stream, num_workers
