@@ -9,7 +9,6 @@ TEXTS and TASKS are files, folders or Hub ids: by default the paper's, on the Hu
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +18,16 @@ from weights import load_smollm2
 from mend_hf import MendConfig, MendModel, MendTrainer, MendTrainingArguments, get_mend_model
 from mend_hf.data.few_shot import FewShotDataset
 from mend_hf.data.metaicl import load_tasks
-from mend_hf.data.partition import load_partition
+from mend_hf.data.partition import hold_out_tasks, load_partition
 from mend_hf.data.text import TextDataset, load_texts
-from mend_hf.training_args import RECIPES
 
 
 def train(model: MendModel, stage: str, rows: Any, eval_rows: Any, args: argparse.Namespace) -> None:
     """Train one stage, print the held-out losses before and after it, and save the distiller."""
-    output_dir = Path(args.output_dir) / stage
     steps = max(len(rows) // args.batch_size, 1)
-    training_args = MendTrainingArguments(
-        output_dir=str(output_dir),
+    training_args = MendTrainingArguments.from_recipe(
+        stage,
+        output_dir=f"{args.output_dir}/{stage}",
         max_steps=steps,
         warmup_steps=steps // 20,
         per_device_train_batch_size=args.batch_size,
@@ -38,13 +36,12 @@ def train(model: MendModel, stage: str, rows: Any, eval_rows: Any, args: argpars
         save_steps=max(steps // 10, 1),
         save_total_limit=2,
         report_to="none",
-        **RECIPES[stage],
     )
     trainer = MendTrainer(model=model, args=training_args, train_dataset=rows, eval_dataset=eval_rows)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     print(f"{stage}: held-out loss {before:.4g} before, {trainer.evaluate()['eval_loss']:.4g} after")
-    model.save_pretrained(output_dir)
+    model.save_pretrained(training_args.output_dir)
 
 
 def main() -> None:
@@ -67,7 +64,7 @@ def main() -> None:
     texts = load_texts(args.text)
     tasks = load_tasks(args.tasks, tasks=load_partition(args.partition).train if args.partition else None)
     num_texts, num_tasks = max(len(texts) // 50, 1), max(len(tasks) // 20, 1)  # held out: never trained on
-    eval_tasks = {name: tasks.pop(name) for name in list(tasks)[:num_tasks]}
+    eval_tasks = {name: tasks.pop(name) for name in hold_out_tasks(tasks, num_tasks, seed=13)}
     num_eval_rows = min(args.num_rows, 64)
     text_rows = TextDataset(texts[num_texts:], tokenizer=tokenizer, num_rows=args.num_rows, seed=13)
     eval_text_rows = TextDataset(texts[:num_texts], tokenizer=tokenizer, num_rows=num_eval_rows, seed=13)

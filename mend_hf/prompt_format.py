@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mend_hf.config import MendConfig
+from mend_hf.config import PLAIN_FIELDS, MendConfig
 from mend_hf.errors import ConfigError
 
 # Stand for a user's and an assistant's text while a template is taken apart: words that no template writes itself.
@@ -18,6 +20,10 @@ _REMEDY = (
     "give the tokenizer a chat_template that writes every turn the same wherever it stands, or use "
     'prompt_format="plain"'
 )
+
+
+# "chat", "plain" as a new config has it, or some of its four texts by their names in `MendConfig`.
+FormatChoice = Literal["plain", "chat"] | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,26 @@ class ChatFormat(PromptFormat):
         before = self.opening + self.input_prefix + _USER + self.output_prefix + self.answer_prefix
         after = self.separator + self.input_prefix + _USER + self.output_prefix
         return _cut_out(self.render([_USER, text, _USER]), before, after, text)
+
+
+def change_prompt_format(config: MendConfig, choice: FormatChoice) -> MendConfig:
+    """Return a config with another prompt format and all else as it is.
+
+    Args:
+        config: Any.
+        choice: "chat"; "plain"; or the texts that differ from those of `MendConfig()`, as {"input_prefix": "Q: "}.
+
+    Raises:
+        ConfigError: There is no such format, or no such text in one.
+    """
+    texts = dict(choice) if isinstance(choice, Mapping) else {}
+    if unknown := sorted(map(repr, {*texts}.difference(PLAIN_FIELDS))):
+        raise ConfigError(f"Expected texts of a prompt format ({', '.join(PLAIN_FIELDS)}), got {', '.join(unknown)}.")
+    changes: dict[str, Any] = {
+        setting.name: setting.default for setting in dataclasses.fields(config) if setting.name in PLAIN_FIELDS
+    }
+    changes |= {"prompt_format": "plain" if isinstance(choice, Mapping) else choice} | texts
+    return dataclasses.replace(config, **changes)
 
 
 def get_prompt_format(tokenizer: PreTrainedTokenizerBase, config: MendConfig) -> PromptFormat:

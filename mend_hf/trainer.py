@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -20,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from mend_hf.architectures import check_base_model
 from mend_hf.config import MendConfig
 from mend_hf.data.collator import MendCollator
+from mend_hf.data.length_groups import LengthSampler, measure_rows
 from mend_hf.errors import ConfigError, TrainingError
 from mend_hf.loss_log import LossLog
 from mend_hf.model import MendModel
@@ -69,6 +71,11 @@ class MendTrainer(WatchedTrainer):
         **kwargs: Any,
     ) -> None:
         _check_model(model, args)
+        if args.train_sampling_strategy == "group_by_length" and isinstance(train_dataset, IterableDataset):
+            raise ConfigError(
+                'Expected train_sampling_strategy="random" for rows that come as a stream, whose lengths nobody knows '
+                'yet, got "group_by_length": leave it out, or use max_tokens_per_pass.'
+            )
         if data_collator is None:
             data_collator = _make_collator(model, args, kwargs.get("processing_class"))
         self._objective = Objective(model, args)
@@ -90,6 +97,29 @@ class MendTrainer(WatchedTrainer):
     def _inner_model(self) -> MendModel | PreTrainedModel:
         """The model without what Accelerate wraps around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Return the order of the rows; our own where it depends on their lengths, which have no column."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
+        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthSampler(measure_rows(rows, args.length_column_name), step_rows, seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training rows in batches."""
+        loader = super().get_train_dataloader()
+        sampler = loader.batch_sampler
+        while sampler is not None and not isinstance(sampler, LengthSampler):
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        if sampler is not None:
+            loader.set_sampler(sampler)  # where Accelerate looks for whom it tells the epoch, also behind its shards
+        return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        """Return the rows as they come, whatever the order of the training rows."""
+        return SequentialSampler(eval_dataset)
 
     def _mend_config(self) -> MendConfig | None:
         return self._inner_model.mend_config if isinstance(self._inner_model, MendModel) else None

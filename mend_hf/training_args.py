@@ -148,6 +148,12 @@ class MendTrainingArguments(TrainingArguments):
                 "teacher_cache_dir: expected kd_top_k above 0 and hidden_loss_weight=0, because only top tokens are "
                 f"small enough to keep, got kd_top_k={self.kd_top_k}, hidden_loss_weight={self.hidden_loss_weight}"
             )
+        if self.accelerator_config.dispatch_batches:
+            problems.append(
+                "accelerator_config: expected dispatch_batches=False, because batches of several processes are not "
+                "one batch that could be cut apart, got True"
+            )
+        self.accelerator_config.dispatch_batches = False  # None would mean True where rows come as a stream
         if self.remove_unused_columns:
             problems.append(
                 "remove_unused_columns: expected False, the collator reads the rows' own columns; got True"

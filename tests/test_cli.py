@@ -269,6 +269,57 @@ def test_finetune_saves_the_checkpoint_that_is_best_on_held_out_tasks(
     assert [name for name in saved if not torch.equal(saved[name], best[name])] == []
 
 
+@pytest.mark.parametrize("name", ["text.jsonl", "text.jsonl.zst"])
+def test_pretrain_reads_text_as_a_stream(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delattr("mend_hf.data.text.TextDataset.__init__")
+    lines = (data / "text.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(zstandard.compress(lines) if name.endswith(".zst") else lines)
+    words = ["--base-model", base_folder, "--streaming", *NEW_DISTILLER, *FEW_STEPS]
+    result = mend("pretrain", *words, "--text", tmp_path / name, "--output-dir", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "checkpoint-4" / "mend_model.safetensors").is_file()
+    missing = mend("pretrain", *words, "--text", tmp_path / "none.jsonl", "--output-dir", tmp_path / "other")
+    assert_refused(missing, "none.jsonl, got none: check the path")
+
+
+def test_steps_of_rows_of_like_length_are_asked_for_by_name(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, *NEW_DISTILLER, *FEW_STEPS, "--group-by-length", "--output-dir", tmp_path]
+    result = mend("finetune", *words, "--tasks", data / "tasks", "--num-demonstrations", "1-6")
+    assert result.code == 0, result.err
+    run = json.loads((tmp_path / "checkpoint-4" / "training_run.json").read_text())
+    assert run["arguments"]["train_sampling_strategy"] == "group_by_length"
+    words[-1] = tmp_path / "other"
+    streamed = mend("pretrain", *words, "--text", data / "text.jsonl", "--streaming")
+    assert_refused(streamed, "rows that come as a stream", "leave it out")
+
+
+def test_finetune_writes_rows_in_the_formats_that_are_named(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["finetune", "--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
+    words += [*NEW_DISTILLER, *FEW_STEPS]
+    weights = []
+    for name, options in (
+        ("own", []),
+        ("same", ["--prompt-format", "plain"]),
+        ("mixed", ["--prompt-format", "plain", "--prompt-format", '{"input_prefix": "good "}']),
+    ):
+        result = mend(*words, "--output-dir", tmp_path / name, *options)
+        assert result.code == 0, result.err
+        weights.append(load_file(tmp_path / name / "mend_model.safetensors"))
+    own, same, mixed = weights
+    assert [name for name in own if not torch.equal(own[name], same[name])] == []
+    assert [name for name in own if not torch.equal(own[name], mixed[name])] != []
+    refused = [*words, "--output-dir", tmp_path / "refused", "--prompt-format"]
+    assert_refused(mend(*refused, "chat"), "set tokenizer.chat_template")
+    assert_refused(mend(*refused, '{"input_prefix"'), "a JSON object as --prompt-format")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_finetune_refuses_tasks_on_two_sides(mend: Mend, base_folder: Path, data: Path, tmp_path: Path) -> None:
     words = ["finetune", "--base-model", base_folder, "--output-dir", tmp_path / "out", "--tasks", data / "tasks"]
     film = data / "tasks" / "film.train.jsonl"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from transformers import BatchEncoding
@@ -145,3 +148,70 @@ def test_a_batch_on_literal_numbers():
 def test_a_row_that_holds_a_batch_of_tasks_is_refused(collator):
     with pytest.raises(DataError, match=r"Row 1: .*make every task a row of its own"):
         collator()([ROW, {**ROW, "demonstrations": [[("a", "b")], [("c", "d")]]}])
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role + ' was ' + m.content + ' !\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant was ' }}{% endif %}"
+)
+FORMATS = [
+    "plain",
+    "chat",
+    {"input_prefix": "good ", "output_prefix": " was", "answer_prefix": " very ", "demonstration_separator": " !"},
+]
+
+
+class TestPromptFormatsOfRows:
+    @pytest.fixture
+    def chat_tokenizer(self, tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = CHAT
+        return tokenizer
+
+    @pytest.fixture
+    def own(self):
+        """The config's own format, which none of the rows asks for."""
+        return MendConfig(input_prefix="film ", demonstration_separator=" and ")
+
+    @pytest.mark.parametrize("choice", FORMATS)
+    @pytest.mark.parametrize("overflow", ["truncate", "concat"])
+    def test_a_row_of_a_format_is_that_of_a_config_with_the_format(self, chat_tokenizer, own, choice, overflow):
+        texts = choice if isinstance(choice, dict) else {"prompt_format": choice}
+        limits = {"max_distiller_tokens": 24, "max_demonstration_tokens": 20, "overflow": overflow}
+        row = {**ROW, "demonstrations": SHOTS * 3, "query": ["bad", "good"], "target": ["negative", "positive"]}
+        expected = MendCollator(chat_tokenizer, MendConfig(**texts, **limits))([row])
+        collate = MendCollator(chat_tokenizer, dataclasses.replace(own, **limits))
+        batch = collate([{**row, "prompt_format": choice}])
+        assert batch.keys() == expected.keys()
+        assert [name for name in batch if not batch[name].equal(expected[name])] == []
+        assert not batch["input_ids"].equal(collate([row])["input_ids"])
+
+    def test_rows_of_several_formats_stand_in_one_batch(self, chat_tokenizer, own):
+        collate = MendCollator(chat_tokenizer, own)
+        rows = [ROW, *({**ROW, "prompt_format": choice} for choice in FORMATS)]
+        batch = collate(rows)
+        for name, mask in (
+            ("input_ids", "attention_mask"),
+            ("demo_input_ids", "demo_attention_mask"),
+            ("teacher_input_ids", "teacher_attention_mask"),
+        ):
+            together = [ids[kept.bool()].tolist() for ids, kept in zip(batch[name], batch[mask], strict=True)]
+            assert together == [collate([row])[name][0].tolist() for row in rows]
+            assert len({*map(tuple, together)}) == len(rows)
+
+    def test_a_separate_distiller_reads_the_rows_format_too(self, chat_tokenizer, own):
+        batch = MendCollator(chat_tokenizer, own, chat_tokenizer)([{**ROW, "prompt_format": "chat"}])
+        assert batch["demo_input_ids"].equal(batch["teacher_input_ids"])
+
+    @pytest.mark.parametrize(
+        ("choice", "remedy"),
+        [
+            ("chatty", "Row 1: .*'chatty'"),
+            ({"prefix": "a"}, r"Row 1: .*\(input_prefix, .*got 'prefix'"),
+            ({"input_prefix": 3}, "Row 1: .*input_prefix: expected str, got 3"),
+            ("chat", "Row 1: .*set tokenizer.chat_template"),
+        ],
+    )
+    def test_formats_that_cannot_be_written_are_refused(self, collator, choice, remedy):
+        with pytest.raises(DataError, match=f"(?s){remedy}"):
+            collator()([ROW, {**ROW, "prompt_format": choice}])

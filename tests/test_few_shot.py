@@ -178,3 +178,23 @@ class TestBalancedQueries:
     def test_an_answer_that_runs_out_is_drawn_no_more(self):
         examples = [Example("task", f"text {i}", "rare" if i == 0 else "common") for i in range(8)]
         assert sum(self.targets({"task": examples}, True).values()) == 200
+
+
+class TestPromptFormats:
+    FORMATS = ("chat", {"input_prefix": "Q: "}, "plain")
+
+    def rows(self, **settings):
+        return list_rows(FewShotDataset(make_tasks(a=9), num_demonstrations=2, num_rows=60, seed=4, **settings))
+
+    def test_every_row_gets_one_and_is_the_same_otherwise(self):
+        rows = self.rows(prompt_formats=self.FORMATS)
+        drawn = Counter(str(row.pop("prompt_format")) for row in rows)
+        assert rows == self.rows()
+        assert {*drawn} == {*map(str, self.FORMATS)}
+        assert min(drawn.values()) > 8
+
+    def test_impossible_formats_are_refused_at_once(self):
+        with pytest.raises(ConfigError, match="got 'question'"):
+            self.rows(prompt_formats=["plain", {"question": "Q: "}])
+        with pytest.raises(ConfigError, match="prompt_format: expected 'plain' or 'chat', got 'latin'"):
+            self.rows(prompt_formats=["latin"])

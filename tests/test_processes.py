@@ -67,6 +67,16 @@ def test_two_processes_train_as_one_with_the_same_rows_a_step(tmp_path, accumula
     assert (tmp_path / "two" / "out" / "checkpoint-3" / "rng_state_1.pth").exists()
 
 
+def test_two_processes_read_a_stream_as_one_does(tmp_path):
+    one, weights = train(tmp_path / "one", 1, 4, 1, "kv", "stream")
+    two, weights_of_two = train(tmp_path / "two", 2, 2, 1, "kv", "stream")
+    losses, losses_of_two = ([entry["loss"] for entry in run["logs"]] for run in (one, two))
+    assert len({*losses}) == 3
+    assert losses_of_two == pytest.approx(losses, abs=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(weights_of_two[name], tensor, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("form", "accumulation"), [("kv", 2), ("embeds", 1)])
 def test_a_sharded_training_saves_and_loads_the_distiller_of_an_unsharded_one(tmp_path, form, accumulation):
     one, weights = train(tmp_path / "one", 1, 4 // accumulation, accumulation, form)

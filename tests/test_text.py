@@ -104,6 +104,18 @@ def test_short_documents_are_left_out_with_a_warning(tokenizer: PreTrainedTokeni
         TextDataset(["ak al", ""], **settings)
 
 
+def test_blank_documents_are_left_out_and_no_demonstration_is_blank(tokenizer: PreTrainedTokenizerBase) -> None:
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "min_tokens": 8, "max_tokens": 10, "num_rows": 30, "seed": 0}
+    blank = " \n\t" * 100
+    with pytest.warns(UserWarning, match="2 of 3 documents have fewer than 8 tokens"):
+        dataset = TextDataset([blank, blank + "ak al" + blank, blank + "ak" + blank + DOCUMENT], **settings)
+    rows = list_rows(dataset)
+    assert all(row["demonstrations"][0].strip() for row in rows)
+    assert sum(row["demonstrations"][0].startswith("ak ") for row in rows) > 10
+    with pytest.raises(DataError, match="1 shorter ones: lower min_tokens or give longer documents"):
+        TextDataset([blank], **settings)
+
+
 def test_impossible_settings_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ConfigError, match=r"demonstration_fraction=1\.0.*change what lies outside"):
         TextDataset([DOCUMENT], tokenizer=tokenizer, demonstration_fraction=1.0, num_rows=1, seed=0)

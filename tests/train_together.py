@@ -1,8 +1,8 @@
 """Trains a tiny distiller in as many processes as it is launched in.
 
 `train_together.py FOLDER ROWS ACCUMULATION FORM`, and behind that `sharded` for weights sharded by FSDP2, `adamw` for
-an optimizer with states, and `resume` to go on from FOLDER's checkpoint. The main process writes FOLDER/result.json,
-the logged losses, and saves the distiller into FOLDER.
+an optimizer with states, `stream` for text that is read as it comes, and `resume` to go on from FOLDER's checkpoint.
+The main process writes FOLDER/result.json, the logged losses, and saves the distiller into FOLDER.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tiny_models import build_tiny_model, ids_of
 from transformers import AutoTokenizer
 
 from mend_hf import MendConfig, MendTrainer, MendTrainingArguments, get_mend_model
+from mend_hf.data.streaming import StreamingTextDataset
 
 # Targets of very different lengths, so that a mean over processes is not the mean over tokens.
 PAIRS = [
@@ -29,6 +30,9 @@ ROWS = [
     {"demonstrations": PAIRS[index % 3 :], "query": query, "target": target}
     for index, (query, target) in enumerate(PAIRS * 4)
 ]
+
+
+TEXTS = [" ".join(["great film was good", "a bore", "very funny"][: 1 + number % 3] * 3) for number in range(10)]
 
 
 def allow_sharding_on_cpus() -> None:
@@ -59,7 +63,9 @@ def main(folder: Path, rows_a_process: int, accumulation: int, form: str, *optio
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, logging_steps=1, report_to="none",
         disable_tqdm=True, use_cpu=True, save_steps=1, seed=3, **sharding,
     )  # fmt: skip
-    trainer = MendTrainer(model=model, args=args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    stream = StreamingTextDataset(TEXTS, tokenizer=tokenizer, min_tokens=4, num_rows=12, seed=1, shuffle_buffer=3)
+    rows = stream if "stream" in options else ROWS
+    trainer = MendTrainer(model=model, args=args, train_dataset=rows, eval_dataset=ROWS[:4])
     trainer.train(resume_from_checkpoint="resume" in options)
     kinds = sorted({type(parameter).__name__ for parameter in model.base_model.parameters()})
     metrics = trainer.evaluate()

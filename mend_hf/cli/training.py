@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -12,6 +13,8 @@ from mend_hf.cli.run import load_for_training, make_arguments, make_collator, ma
 from mend_hf.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mend_hf.data.metaicl import Example
 
 Tasks: TypeAlias = "dict[str, list[Example]]"
@@ -26,6 +29,10 @@ BaseModelId = Annotated[
 ]
 NumRows = Annotated[int, typer.Option(help="Training rows in all; a row is one distilling.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)]
+GroupByLength = Annotated[
+    bool,
+    typer.Option("--group-by-length", help="Put rows of like length into a step: less padding, less mixed batches."),
+]
 Accumulation = Annotated[int, typer.Option(help="Forward passes of one optimizer step.", min=1)]
 Recipe = Annotated[
     str,
@@ -66,9 +73,13 @@ def pretrain(
     settings: Setting = None,
     text_column: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a document: 80 % demonstrations, the rest query.")] = 1024,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read documents as they come, for text too large to hold in memory.")
+    ] = False,
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
+    group_by_length: GroupByLength = False,
     recipe: Recipe = "pretrain",
     arguments: Argument = None,
     learning_rate: LearningRate = None,
@@ -84,6 +95,8 @@ def pretrain(
 
     `mend pretrain --base-model HuggingFaceTB/SmolLM2-135M-Instruct --text my-texts.jsonl --output-dir stage1`
     """
+    from mend_hf.data.documents import TextStream
+    from mend_hf.data.streaming import StreamingTextDataset
     from mend_hf.data.text import TextDataset, load_texts
 
     config = make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
@@ -95,15 +108,25 @@ def pretrain(
             "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
+            "train_sampling_strategy": "group_by_length" if group_by_length else None,
         },
         arguments,
         has_evaluation=False,
         resume=resume,
         device=device,
     )  # fmt: skip
-    texts = load_texts(text, text_column=text_column)
+    texts: Iterable[str]
+    if streaming:
+        texts = TextStream(text, text_column=text_column, streaming=True)
+    else:
+        texts = load_texts(text, text_column=text_column)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
-    rows = TextDataset(texts, tokenizer=tokenizer, max_tokens=max_tokens, num_rows=num_rows, seed=seed)
+    shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens, "num_rows": num_rows, "seed": seed}
+    rows: TextDataset | StreamingTextDataset
+    if streaming:
+        rows = StreamingTextDataset(texts, batch_size=args.train_batch_size * args.world_size, **shape)
+    else:
+        rows = TextDataset(texts, **shape)
     train(model, tokenizer, args, rows, None, make_collator(model, tokenizer, args), recipe=recipe, resume=resume)
 
 
@@ -139,6 +162,14 @@ def finetune(
     symbol_labels: Annotated[
         float, typer.Option(help="Fraction of rows whose labels become words of no meaning.", min=0.0, max=1.0)
     ] = 0.0,
+    prompt_formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt-format",
+            help='Write every row in one of these: "chat", "plain", or texts such as \'{"input_prefix": "Q: "}\'; may '
+            "be repeated. Default: the distiller's.",
+        ),
+    ] = None,
     num_eval_tasks: Annotated[int, typer.Option(help="Training tasks held out to measure the loss on.", min=0)] = 0,
     eval_tasks: Annotated[
         str | None, typer.Option(help="Other tasks to measure the loss on, in place of held-out ones.")
@@ -150,6 +181,7 @@ def finetune(
     num_rows: NumRows = 30_000,
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
+    group_by_length: GroupByLength = False,
     recipe: Recipe = "finetune",
     arguments: Argument = None,
     learning_rate: LearningRate = None,
@@ -181,6 +213,7 @@ def finetune(
             "learning_rate": learning_rate, "kd_loss_weight": kd_loss_weight, "nll_loss_weight": nll_loss_weight,
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
+            "train_sampling_strategy": "group_by_length" if group_by_length else None,
             "load_best_model_at_end": has_evaluation and load_best_model_at_end is not False,
         },
         arguments,
@@ -202,6 +235,7 @@ def finetune(
         balance_queries=balance_queries,
         permute_labels=permute_labels,
         symbol_labels=symbol_labels,
+        prompt_formats=[_parse_prompt_format(text) for text in prompt_formats or []],
         **shape,
     )
     eval_rows = None
@@ -209,6 +243,8 @@ def finetune(
         eval_rows = FewShotDataset(eval_examples, num_rows=4 * len(eval_examples), seed=seed + 1, **shape)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
     collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
+    for choice in rows.prompt_formats:  # one that the tokenizer cannot write is refused now, and not in some step
+        collator([rows[0] | {"prompt_format": choice}])
     train(model, tokenizer, args, rows, eval_rows, collator, recipe=recipe, resume=resume)
 
 
@@ -246,3 +282,12 @@ def _parse_mixing(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def _parse_prompt_format(text: str) -> Any:
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else text
+    except ValueError as error:
+        raise ConfigError(
+            f'Expected "chat", "plain" or a JSON object as --prompt-format, got {text!r} ({error}): correct it.'
+        ) from error

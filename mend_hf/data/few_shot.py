@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from mend_hf.config import MendConfig
 from mend_hf.data.metaicl import Example
 from mend_hf.errors import ConfigError, DataError
+from mend_hf.prompt_format import FormatChoice, change_prompt_format
 
 _SYLLABLES = ("ba", "co", "di", "fe", "gu", "la", "mo", "ni", "pe", "ru", "sa", "to", "vi", "ze")
 _SYMBOLS = ["".join(pair) for pair in itertools.product(_SYLLABLES, repeat=2)]
@@ -70,9 +72,11 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             options of their own, stay as they are.
         symbol_labels: Fraction of rows in which other words of no meaning stand for the labels; the two fractions
             share no row ("Symbol tuning", Wei et al., EMNLP 2023, arXiv 2305.08298).
+        prompt_formats: Every row gets one of these as `prompt_format`, which `MendCollator` writes it in, so that a
+            distiller does not come to depend on one; see `prompt_format.change_prompt_format`. None: the config's own.
 
     Raises:
-        ConfigError: A number is impossible.
+        ConfigError: A number is impossible, or a prompt format.
         DataError: No task has enough examples.
     """
 
@@ -89,6 +93,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         balance_queries: bool = False,
         permute_labels: float = 0.0,
         symbol_labels: float = 0.0,
+        prompt_formats: Sequence[FormatChoice] = (),
     ) -> None:
         low, high = (num_demonstrations,) * 2 if isinstance(num_demonstrations, int) else num_demonstrations
         if not 1 <= low <= high or queries_per_demonstrations < 1 or num_rows < 1:
@@ -109,6 +114,9 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         self.balance_queries = balance_queries
         self.permute_labels = permute_labels
         self.symbol_labels = symbol_labels
+        self.prompt_formats = [dict(choice) if isinstance(choice, Mapping) else choice for choice in prompt_formats]
+        for choice in self.prompt_formats:
+            change_prompt_format(MendConfig(), choice)
         needed = high + queries_per_demonstrations
         small = sorted(name for name, examples in tasks.items() if len(examples) < needed)
         self.tasks = {name: tasks[name] for name in sorted(tasks) if name not in small}
@@ -163,6 +171,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             "task": task,
             "demonstrations": [{"input": example.input, "output": example.output} for example in picked[:k]],
             **{column: values[0] if single else values for column, values in queries.items()},
+            **({"prompt_format": rng.choice(self.prompt_formats)} if self.prompt_formats else {}),
         }
 
     def _draw_task(self, rng: random.Random) -> str:

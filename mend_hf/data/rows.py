@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from mend_hf.errors import DataError, import_extra
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
 
 Row = Mapping[str, Any]
+
+_READ_BYTES = 1 << 20
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
@@ -31,7 +32,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path)
     elif path.name.endswith(".jsonl.zst"):
-        yield from _parse_lines(io.BytesIO(_decompress(path)), path)
+        yield from _parse_lines(_decompress_lines(path), path)
     elif path.name.endswith(".jsonl"):
         with path.open("rb") as lines:
             yield from _parse_lines(lines, path)
@@ -102,21 +103,31 @@ def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]
         yield place, row
 
 
-def _decompress(path: Path) -> bytes:
+def _decompress_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a Zstandard file, of which only a part is held at a time."""
+    rest = b""
+    for part in _decompress(path):
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _decompress(path: Path) -> Iterator[bytes]:
     zstandard = import_extra("zstandard", "data")
-    parts: list[bytes] = []
-    rest = path.read_bytes()
-    while rest or not parts:
-        # A frame at a time: only then does the decompressor say that one was cut off.
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            parts.append(frame.decompress(rest))
-        except zstandard.ZstdError as error:
-            raise DataError(f"Expected a Zstandard file at {path}, got {error}: fetch it again.") from error
-        if not frame.eof:
-            raise DataError(f"Expected a whole Zstandard file at {path}, got a truncated one: fetch it again.")
-        rest = frame.unused_data
-    return b"".join(parts)
+    # A frame at a time: only then does the decompressor say that one was cut off.
+    frame, is_whole = None, False
+    with path.open("rb") as file:
+        while packed := file.read(_READ_BYTES):
+            while packed:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(packed)
+                except zstandard.ZstdError as error:
+                    raise DataError(f"Expected a Zstandard file at {path}, got {error}: fetch it again.") from error
+                packed, is_whole = frame.unused_data, frame.eof
+                frame = None if is_whole else frame
+    if not is_whole:
+        raise DataError(f"Expected a whole Zstandard file at {path}, got a truncated one: fetch it again.")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
