@@ -48,6 +48,14 @@ KdWeight = Annotated[
 ]
 NllWeight = Annotated[float | None, typer.Option(help="Weight of the targets' NLL. Default: the recipe's.")]
 SaveSteps = Annotated[int, typer.Option(help="Optimizer steps between checkpoints (the last two are kept).", min=1)]
+ProbeRows = Annotated[
+    int,
+    typer.Option(
+        help="Rows on which student, teacher and zero-shot are compared now and then, of held-out tasks if there are "
+        "any; 0: none.",
+        min=0,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Fixes initial values, rows and their order.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
 ReportTo = Annotated[str, typer.Option(help="none, tensorboard, wandb ...")]
@@ -75,6 +83,7 @@ def pretrain(
     kd_loss_weight: KdWeight = None,
     nll_loss_weight: NllWeight = None,
     save_steps: SaveSteps = 50,
+    probe_rows: ProbeRows = 8,
     seed: Seed = 13,
     resume: Resume = False,
     report_to: ReportTo = "none",
@@ -97,14 +106,18 @@ def pretrain(
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
         },
         arguments,
+        num_probe_rows=probe_rows,
         has_evaluation=False,
         resume=resume,
         device=device,
     )  # fmt: skip
     texts = load_texts(text, text_column=text_column)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
-    rows = TextDataset(texts, tokenizer=tokenizer, max_tokens=max_tokens, num_rows=num_rows, seed=seed)
-    train(model, tokenizer, args, rows, None, make_collator(model, tokenizer, args), recipe=recipe, resume=resume)
+    shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens}
+    rows = TextDataset(texts, num_rows=num_rows, seed=seed, **shape)
+    probe = TextDataset(rows.texts, num_rows=probe_rows, seed=seed + 2, **shape) if probe_rows else None
+    collator = make_collator(model, tokenizer, args)
+    train(model, tokenizer, args, rows, None, collator, probe_rows=probe, recipe=recipe, resume=resume)
 
 
 def finetune(
@@ -156,6 +169,7 @@ def finetune(
     kd_loss_weight: KdWeight = None,
     nll_loss_weight: NllWeight = None,
     save_steps: SaveSteps = 50,
+    probe_rows: ProbeRows = 8,
     seed: Seed = 13,
     resume: Resume = False,
     report_to: ReportTo = "none",
@@ -184,6 +198,7 @@ def finetune(
             "load_best_model_at_end": has_evaluation and load_best_model_at_end is not False,
         },
         arguments,
+        num_probe_rows=probe_rows,
         has_evaluation=has_evaluation,
         resume=resume,
         device=device,
@@ -207,9 +222,12 @@ def finetune(
     eval_rows = None
     if eval_examples:
         eval_rows = FewShotDataset(eval_examples, num_rows=4 * len(eval_examples), seed=seed + 1, **shape)
+    probe = None
+    if probe_rows:
+        probe = FewShotDataset(eval_examples or train_examples, num_rows=probe_rows, seed=seed + 2, **shape)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
     collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
-    train(model, tokenizer, args, rows, eval_rows, collator, recipe=recipe, resume=resume)
+    train(model, tokenizer, args, rows, eval_rows, collator, probe_rows=probe, recipe=recipe, resume=resume)
 
 
 def _load_sides(
