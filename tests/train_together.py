@@ -36,15 +36,16 @@ def main(folder: Path, rows_a_process: int, accumulation: int) -> None:
     args = MendTrainingArguments(
         output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=rows_a_process, optim="sgd",
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, logging_steps=1, report_to="none",
-        disable_tqdm=True, use_cpu=True, save_steps=3, seed=3,
+        disable_tqdm=True, use_cpu=True, save_steps=3, seed=3, probe_steps=2,
     )  # fmt: skip
-    trainer = MendTrainer(model=model, args=args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+    trainer = MendTrainer(model=model, args=args, train_dataset=ROWS, eval_dataset=ROWS[:4], probe_dataset=ROWS[:3])
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result = {"num_processes": args.world_size, "logs": logs, "metrics": metrics}
+        probes = [entry for entry in trainer.state.log_history if "probe_kl" in entry]
+        result = {"num_processes": args.world_size, "logs": logs, "probes": probes, "metrics": metrics}
         (folder / "result.json").write_text(json.dumps(result))
 
 
