@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -42,6 +43,7 @@ class TrainingCurves(TrainerCallback):
 
     def __init__(self) -> None:
         _import_figure()
+        self._num_drawn = 0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw what has been logged so far."""
@@ -53,10 +55,12 @@ class TrainingCurves(TrainerCallback):
 
     def _draw(self, args: Any, state: Any) -> None:
         """Draw, in the main process; a picture that cannot be written is no reason to stop a training."""
-        if not state.is_world_process_zero or not _points(state.log_history, "loss")[0]:
+        log = [entry for entry in state.log_history if "train_runtime" not in entry]  # the last, which is no curve's
+        if not state.is_world_process_zero or not _points(log, "loss")[0] or len(log) == self._num_drawn:
             return
+        self._num_drawn = len(log)
         try:
-            plot_training(state.log_history, Path(args.output_dir) / CURVES_NAME)
+            plot_training(log, Path(args.output_dir) / CURVES_NAME)
         except OSError as error:
             warnings.warn(f"{CURVES_NAME} was not written: {error}", stacklevel=2)
 
@@ -105,9 +109,9 @@ def _points(log: Log, name: str) -> Points:
 
 
 def _draw_losses(axes: Axes, log: Log) -> None:
-    names = [name for name in _LOSSES if _points(log, name)[0]]
-    if len(names) == 2 and _are_alike(_points(log, names[0]), _points(log, names[1])):
-        names = names[1:]  # there is one loss, with a weight of 1
+    total, *names = [name for name in _LOSSES if _points(log, name)[0]]
+    if not any(_are_alike(_points(log, total), _points(log, name)) for name in names):  # not one with a weight of 1
+        names = [total, *names]
     for name in names:
         label, colour = _LOSSES[name]
         _draw_noisy(axes, _points(log, name), label, colour)
@@ -181,11 +185,16 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 
 def _describe_speed(figure: Figure, log: Log) -> None:
-    """Say above the panels how fast the training is and where its time goes, as last logged."""
-    last = next((entry for entry in reversed(log) if "rows_per_second" in entry), None)
-    if last is None:
+    """Say above the panels how fast the training was and where its time went, on the whole."""
+    entries = [entry for entry in log if entry.get("rows_per_second")]
+    if not entries:
         return
+    rows, tokens = (harmonic_mean([entry[f"{unit}_per_second"] for entry in entries]) for unit in ("rows", "tokens"))
     end = "_time_fraction"
-    shares = [f"{name.removesuffix(end)} {value:.0%}" for name, value in last.items() if name.endswith(end)]
-    speed = f"{last['rows_per_second']:.3g} rows/s, {last['tokens_per_second']:,.0f} tokens/s"
-    figure.suptitle(f"step {last['step']:,}  ·  {speed}  ·  time: {', '.join(shares)}", fontsize=9, color=_BLACK)
+    means = {name.removesuffix(end): fmean(e[name] for e in entries) for name in entries[-1] if name.endswith(end)}
+    shares = ", ".join(f"{part} {mean:.0%}" for part, mean in means.items())
+    figure.suptitle(
+        f"step {entries[-1]['step']:,}  ·  {rows:.3g} rows/s, {tokens:,.0f} tokens/s  ·  time: {shares}",
+        fontsize=9,
+        color=_BLACK,
+    )

@@ -78,9 +78,9 @@ class Probe:
         was_training = model.training
         model.eval()
         try:
-            if not self._constants and isinstance(model, MendModel):
-                self._constants = self._add_up(self._measure_zero_shot)
-            values = self._add_up(self._measure_batch)
+            values = self._add_up(self._measure_batch)  # first: a sharded model is called as a whole before its parts
+            if isinstance(model, MendModel) and "probe_zero_shot_nll" not in self._constants:
+                self._constants |= self._add_up(self._measure_zero_shot)
         finally:
             model.train(was_training)
         self._constants |= {name: values[name] for name in ("probe_teacher_nll",) if name in values}

@@ -69,13 +69,19 @@ def stay_whole_in_a_step(model: nn.Module) -> None:
 
 
 def cut_up(model: nn.Module) -> None:
-    """Hold a model's weights in parts again, before an optimizer changes the parts.
-
-    What has no gradient, in the last layer all but keys and values, gets one of zeros: torch does not load the states
-    of an optimizer that lack a parameter.
-    """
+    """Hold a model's weights in parts again: before an optimizer changes the parts, and before they are saved."""
     for module in _sharded_modules(model):
+        # Modules that FSDP2 gathers together count as running until all have run: for a text the head does not.
+        module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def fill_gradients(model: nn.Module) -> None:
+    """Give zeros to what has no gradient: in the last layer all but keys and values, if these are the prefix.
+
+    torch does not load the states of an optimizer that lack a parameter.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

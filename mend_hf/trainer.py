@@ -28,7 +28,7 @@ from mend_hf.model import MendModel
 from mend_hf.nonfinite import write_batch
 from mend_hf.objective import Objective
 from mend_hf.passes import split_batch
-from mend_hf.sharding import check_sharding, cut_up, gather_whole, own_part, stay_whole_in_a_step
+from mend_hf.sharding import check_sharding, cut_up, fill_gradients, gather_whole, own_part, stay_whole_in_a_step
 from mend_hf.training_args import MendTrainingArguments
 from mend_hf.watched import WatchedTrainer
 
@@ -160,6 +160,7 @@ class MendTrainer(WatchedTrainer):
         loss += super().training_step(model, last, num_items_in_batch)
         if self._is_sharded:
             cut_up(self.model)
+            fill_gradients(self.model)
         return loss
 
     def _split(self, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> list[dict[str, Tensor]]:
@@ -273,6 +274,7 @@ class MendTrainer(WatchedTrainer):
         if not self._is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        cut_up(self.model)  # evaluating leaves it whole
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
         )
