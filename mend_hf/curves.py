@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -181,11 +182,16 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 
 def _describe_speed(figure: Figure, log: Log) -> None:
-    """Say above the panels how fast the training is and where its time goes, as last logged."""
-    last = next((entry for entry in reversed(log) if "rows_per_second" in entry), None)
-    if last is None:
+    """Say above the panels how fast the training was and where its time went, on the whole."""
+    entries = [entry for entry in log if entry.get("rows_per_second")]
+    if not entries:
         return
+    rows, tokens = (harmonic_mean([entry[f"{unit}_per_second"] for entry in entries]) for unit in ("rows", "tokens"))
     end = "_time_fraction"
-    shares = [f"{name.removesuffix(end)} {value:.0%}" for name, value in last.items() if name.endswith(end)]
-    speed = f"{last['rows_per_second']:.3g} rows/s, {last['tokens_per_second']:,.0f} tokens/s"
-    figure.suptitle(f"step {last['step']:,}  ·  {speed}  ·  time: {', '.join(shares)}", fontsize=9, color=_BLACK)
+    means = {name.removesuffix(end): fmean(e[name] for e in entries) for name in entries[-1] if name.endswith(end)}
+    shares = ", ".join(f"{part} {mean:.0%}" for part, mean in means.items())
+    figure.suptitle(
+        f"step {entries[-1]['step']:,}  ·  {rows:.3g} rows/s, {tokens:,.0f} tokens/s  ·  time: {shares}",
+        fontsize=9,
+        color=_BLACK,
+    )

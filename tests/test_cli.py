@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +143,9 @@ def test_both_stages_then_distill_and_generate(mend: Mend, base_folder: Path, da
     config = MendConfig.from_pretrained(stage1)
     assert (config.base_model_name_or_path, config.num_virtual_tokens, config.lora_r) == ("someone/tiny", 3, 2)
     log = json.loads((stage1 / "training_log.json").read_text())
-    assert (log["recipe"], log["log"][0]["step"]) == ("pretrain", 1)
+    assert (log["recipe"], next(entry["step"] for entry in log["log"] if "loss" in entry)) == ("pretrain", 1)
+    assert [entry["step"] for entry in log["log"] if "probe_kl" in entry] == [0, 4]
+    assert (stage1 / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((stage1 / "training_run.json").read_text())["arguments"]["nll_loss_weight"] == 0.0
 
     words = ["--base-model", base_folder, "--distiller", stage1, "--tasks", data / "tasks", "--output-dir", stage2]
@@ -176,7 +180,7 @@ def test_a_recipe_and_arguments_of_the_trainer_decide_the_losses(
     result = mend("finetune", *words, *NEW_DISTILLER, "--recipe", "hypertuning", "--output-dir", one)
     assert result.code == 0, result.err
     entries = json.loads((one / "training_log.json").read_text())["log"]
-    assert "nll_loss" in entries[0]
+    assert any("nll_loss" in entry for entry in entries)
     assert not any("kd_loss" in entry for entry in entries)
     chosen = ["--arg", "kd_divergence=reverse_kl", "--arg", "kd_top_k=4", "--arg", "warmup_steps=0"]
     result = mend("finetune", *words, *NEW_DISTILLER, *chosen, "--output-dir", other)
@@ -331,6 +335,53 @@ def test_finetune_refuses_tasks_on_two_sides(mend: Mend, base_folder: Path, data
     assert_refused(mend(*words, "--num-eval-tasks", 2), "hold out fewer")
 
 
+def test_a_training_shows_every_step_and_what_came_of_it_without_noise(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2, *NEW_DISTILLER]
+    result = mend("finetune", *words, *FEW_STEPS, "--num-eval-tasks", 1, "--output-dir", tmp_path)
+    assert (result.code, result.err) == (0, "")
+    first, *lines, last = result.out.splitlines()
+    assert first.startswith("trainable params: ")
+    starts = [r"step 0/4  probe: nll \S+ \(zero-shot \S+, teacher \S+\), KL "]
+    for step in (1, 2, 3, 4):
+        starts += [rf"step {step}/4  probe: nll "] * (step == 4) + [
+            rf"step {step}/4  loss \S+  nll \S+  kd \S+  \S+ rows/s "
+        ]
+        starts += [rf"step {step}/4  held out: loss \S+  nll "] * (step % 2 == 0)
+    starts += [
+        r"4 steps in 0:0\S+ \(teacher ",
+        r"loss \S+ -> ",
+        r"probe: nll \S+ -> \S+ \(zero-shot \S+, teacher \S+\), KL \S+ -> ",
+    ]
+    assert len(lines) == len(starts)
+    assert [line for start, line in zip(starts, lines, strict=True) if not re.match(start, line)] == []
+    assert last == f"Saved the distiller in {tmp_path}"
+    log = json.loads((tmp_path / "training_log.json").read_text())["log"]
+    assert all(isinstance(value, int | float) for entry in log for value in entry.values())
+
+
+def test_a_training_without_probe_rows_probes_nothing(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2, *NEW_DISTILLER]
+    result = mend("finetune", *words, *FEW_STEPS, "--probe-rows", 0, "--output-dir", tmp_path)
+    assert result.code == 0, result.err
+    assert "probe:" not in result.out
+
+
+def test_without_matplotlib_a_training_says_so_and_goes_on(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["--base-model", base_folder, "--text", data / "text.jsonl", "--output-dir", tmp_path, *NEW_DISTILLER]
+    result = mend("pretrain", *words, "--num-rows", 2, "--batch-size", 2)
+    assert result.code == 0, result.err
+    assert "No training_curves.png: Expected the package" in result.out
+    assert 'pip install "mend_hf[train]"' in result.out
+    assert not (tmp_path / "training_curves.png").exists()
+
+
 def test_resume_after_a_stop_ends_where_an_unbroken_training_ends(
     mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +398,7 @@ def test_resume_after_a_stop_ends_where_an_unbroken_training_ends(
     with monkeypatch.context() as patch:
         patch.setattr(MendTrainer, "training_step", stop_at_step_3)
         assert mend(*words, tmp_path / "stopped").code != 0
-    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-2"}
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-2", "training_curves.png"}
     assert mend(*words, tmp_path / "stopped", "--resume").code == 0
     whole, resumed = (load_file(tmp_path / name / "mend_model.safetensors") for name in ("whole", "stopped"))
     assert whole.keys() == resumed.keys()

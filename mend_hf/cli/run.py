@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mend_hf.cli.options import load_base_model
 from mend_hf.config import MendConfig
-from mend_hf.errors import ConfigError
+from mend_hf.errors import ConfigError, MissingExtraError
 from mend_hf.files import check_output_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mend_hf.curves import TrainingCurves
     from mend_hf.data.collator import MendCollator
     from mend_hf.model import MendModel
     from mend_hf.training_args import MendTrainingArguments
@@ -54,13 +56,15 @@ def make_arguments(
     options: dict[str, Any],
     arguments: list[str] | None,
     *,
+    num_probe_rows: int,
     has_evaluation: bool,
     resume: bool,
     device: str | None,
 ) -> MendTrainingArguments:
     """Return a recipe's arguments, changed by the options that were given and, above all, by `--arg`.
 
-    The number of rows decides that of the steps, and on those depends how often is logged.
+    The number of rows decides that of the steps, and on those depends how often is logged, and how often is probed: up
+    to twenty times, and never more than a tenth of the training's rows, besides the first time.
     """
     import torch
 
@@ -78,8 +82,11 @@ def make_arguments(
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows_a_step = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] * num_processes
     num_steps = max(num_rows // rows_a_step, 1)
+    num_probes = min(max(num_rows // (10 * max(num_probe_rows, 1)), 1), 20)
     settings: dict[str, Any] = {
         "max_steps": num_steps,
+        "probe_steps": math.ceil(num_steps / num_probes),
+        "disable_tqdm": False,
         "warmup_steps": max(num_steps // 20, 1),
         "lr_scheduler_type": "linear",
         "logging_steps": max(num_steps // 100, 1),
@@ -156,36 +163,57 @@ def train(
     eval_rows: Any | None,
     collator: MendCollator,
     *,
+    probe_rows: Any | None,
     recipe: str,
     resume: bool,
 ) -> None:
     """Train, and leave the result and the log in the output folder."""
+    from transformers import PrinterCallback, ProgressCallback
     from transformers.trainer_utils import get_last_checkpoint
 
     from mend_hf.model import MendModel
+    from mend_hf.progress import TrainingProgress
     from mend_hf.trainer import MendTrainer
 
     output_dir = Path(args.output_dir)
     is_main = args.process_index == 0
     if is_main and isinstance(model, MendModel):
         model.print_trainable_parameters()
+    progress = TrainingProgress()
     trainer = MendTrainer(
         model=model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         data_collator=collator,
+        probe_dataset=probe_rows,
         processing_class=None if isinstance(model, MendModel) else tokenizer,
+        callbacks=[progress, *_make_curves(is_main)],
     )
+    for display in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(display)
     checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir.is_dir() else None
     if resume and checkpoint is None and is_main:
         print(f"No checkpoint in {output_dir} yet: starting from the first step")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with progress:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if is_main:
         write_json(output_dir / "training_log.json", {"recipe": recipe, "log": trainer.state.log_history})
         what = "distiller" if isinstance(model, MendModel) else "model"
         print(f"Saved the {what} in {output_dir}")
+
+
+def _make_curves(is_main: bool) -> list[TrainingCurves]:
+    """Return what draws the curves, in a list; without matplotlib an empty one, and say so."""
+    from mend_hf.curves import CURVES_NAME, TrainingCurves
+
+    try:
+        return [TrainingCurves()]
+    except MissingExtraError as error:
+        if is_main:
+            print(f"No {CURVES_NAME}: {error}")
+        return []
 
 
 def parse_setting(text: str, fields_of: type) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -55,9 +56,20 @@ KdWeight = Annotated[
 ]
 NllWeight = Annotated[float | None, typer.Option(help="Weight of the targets' NLL. Default: the recipe's.")]
 SaveSteps = Annotated[int, typer.Option(help="Optimizer steps between checkpoints (the last two are kept).", min=1)]
+ProbeRows = Annotated[
+    int,
+    typer.Option(
+        help="Rows on which student, teacher and zero-shot are compared now and then, of held-out tasks if there are "
+        "any; 0: none.",
+        min=0,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Fixes initial values, rows and their order.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
 ReportTo = Annotated[str, typer.Option(help="none, tensorboard, wandb ...")]
+
+# Of streamed documents, only so many of the first are looked through for probe rows.
+_NUM_PROBED_TEXTS = 256
 
 
 def pretrain(
@@ -86,6 +98,7 @@ def pretrain(
     kd_loss_weight: KdWeight = None,
     nll_loss_weight: NllWeight = None,
     save_steps: SaveSteps = 50,
+    probe_rows: ProbeRows = 8,
     seed: Seed = 13,
     resume: Resume = False,
     report_to: ReportTo = "none",
@@ -111,6 +124,7 @@ def pretrain(
             "train_sampling_strategy": "group_by_length" if group_by_length else None,
         },
         arguments,
+        num_probe_rows=probe_rows,
         has_evaluation=False,
         resume=resume,
         device=device,
@@ -121,13 +135,18 @@ def pretrain(
     else:
         texts = load_texts(text, text_column=text_column)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
-    shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens, "num_rows": num_rows, "seed": seed}
+    shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens}
     rows: TextDataset | StreamingTextDataset
     if streaming:
-        rows = StreamingTextDataset(texts, batch_size=args.train_batch_size * args.world_size, **shape)
+        rows_of_all = args.train_batch_size * args.world_size
+        rows = StreamingTextDataset(texts, batch_size=rows_of_all, num_rows=num_rows, seed=seed, **shape)
+        known = list(itertools.islice(texts, _NUM_PROBED_TEXTS)) if probe_rows else []
     else:
-        rows = TextDataset(texts, **shape)
-    train(model, tokenizer, args, rows, None, make_collator(model, tokenizer, args), recipe=recipe, resume=resume)
+        rows = TextDataset(texts, num_rows=num_rows, seed=seed, **shape)
+        known = rows.texts
+    probe = TextDataset(known, num_rows=probe_rows, seed=seed + 2, **shape) if probe_rows else None
+    collator = make_collator(model, tokenizer, args)
+    train(model, tokenizer, args, rows, None, collator, probe_rows=probe, recipe=recipe, resume=resume)
 
 
 def finetune(
@@ -188,6 +207,7 @@ def finetune(
     kd_loss_weight: KdWeight = None,
     nll_loss_weight: NllWeight = None,
     save_steps: SaveSteps = 50,
+    probe_rows: ProbeRows = 8,
     seed: Seed = 13,
     resume: Resume = False,
     report_to: ReportTo = "none",
@@ -217,6 +237,7 @@ def finetune(
             "load_best_model_at_end": has_evaluation and load_best_model_at_end is not False,
         },
         arguments,
+        num_probe_rows=probe_rows,
         has_evaluation=has_evaluation,
         resume=resume,
         device=device,
@@ -241,11 +262,14 @@ def finetune(
     eval_rows = None
     if eval_examples:
         eval_rows = FewShotDataset(eval_examples, num_rows=4 * len(eval_examples), seed=seed + 1, **shape)
+    probe = None
+    if probe_rows:
+        probe = FewShotDataset(eval_examples or train_examples, num_rows=probe_rows, seed=seed + 2, **shape)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
     collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
     for choice in rows.prompt_formats:  # one that the tokenizer cannot write is refused now, and not in some step
         collator([rows[0] | {"prompt_format": choice}])
-    train(model, tokenizer, args, rows, eval_rows, collator, recipe=recipe, resume=resume)
+    train(model, tokenizer, args, rows, eval_rows, collator, probe_rows=probe, recipe=recipe, resume=resume)
 
 
 def _load_sides(
