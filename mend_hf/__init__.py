@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mend_hf.artifact import DistilledDemonstrations, join_demonstrations
     from mend_hf.auto import AutoMendModel, get_mend_model
     from mend_hf.config import MendConfig
+    from mend_hf.curves import plot_training
     from mend_hf.data.collator import MendCollator
     from mend_hf.demonstrations import Demonstration
     from mend_hf.model import MendModel
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "get_mend_model": "auto",
     "register_pipelines": "pipeline",
     "join_demonstrations": "artifact",
+    "plot_training": "curves",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "get_mend_model",
     "join_demonstrations",
+    "plot_training",
     "register_pipelines",
 ]
 

@@ -43,6 +43,7 @@ class TrainingCurves(TrainerCallback):
 
     def __init__(self) -> None:
         _import_figure()
+        self._num_drawn = 0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw what has been logged so far."""
@@ -54,10 +55,12 @@ class TrainingCurves(TrainerCallback):
 
     def _draw(self, args: Any, state: Any) -> None:
         """Draw, in the main process; a picture that cannot be written is no reason to stop a training."""
-        if not state.is_world_process_zero or not _points(state.log_history, "loss")[0]:
+        log = [entry for entry in state.log_history if "train_runtime" not in entry]  # the last, which is no curve's
+        if not state.is_world_process_zero or not _points(log, "loss")[0] or len(log) == self._num_drawn:
             return
+        self._num_drawn = len(log)
         try:
-            plot_training(state.log_history, Path(args.output_dir) / CURVES_NAME)
+            plot_training(log, Path(args.output_dir) / CURVES_NAME)
         except OSError as error:
             warnings.warn(f"{CURVES_NAME} was not written: {error}", stacklevel=2)
 

@@ -26,7 +26,7 @@ def make_log(num_steps, *, with_probe=True):
             losses = {"loss": 6 / step, "nll_loss": 4 / step, "kd_loss": 2 / step, "learning_rate": 1e-4 / step}
             log.append({"step": step, **losses, "rows_per_second": 4.3, "tokens_per_second": 1234.5,
                         "teacher_time_fraction": 0.2, "rest_time_fraction": 0.8})  # fmt: skip
-    return [*log, {"step": num_steps, "train_runtime": 3.0}]
+    return log
 
 
 @pytest.fixture
@@ -109,23 +109,37 @@ def test_a_missing_matplotlib_is_named_with_its_extra_before_the_training(monkey
         TrainingCurves()
 
 
-def watch(folder, log, *, is_main=True):
-    """A training that saves and ends with this log."""
+def watch(folder, log, *, behind=(), is_main=True):
+    """Let a training save and end; return whether there was a picture when it had saved.
+
+    Args:
+        folder: The output folder.
+        log: What is logged before the training is saved.
+        behind: What is logged between that and the end.
+        is_main: This is the main process.
+    """
     args = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
     state = TrainerState(log_history=log, is_world_process_zero=is_main)
     callback = TrainingCurves()
     callback.on_save(args, state, TrainerControl())
     written = (folder / CURVES_NAME).exists()
+    state.log_history = [*log, *behind, {"step": 9, "train_runtime": 3.0}]
     callback.on_train_end(args, state, TrainerControl())
     return written
 
 
-def test_it_is_drawn_at_every_save_and_replaced_at_the_end_by_the_main_process(figures, tmp_path):
-    assert watch(tmp_path, make_log(1))
+def test_it_is_drawn_at_every_save_and_at_the_end_by_the_main_process(figures, tmp_path):
+    assert watch(tmp_path, make_log(1), behind=make_log(2))
     assert len(figures) == 2
     assert [path.name for path in tmp_path.iterdir()] == [CURVES_NAME]
     assert not watch(tmp_path / "other", make_log(1), is_main=False)
     assert not watch(tmp_path / "empty", [])
+    assert len(figures) == 2
+
+
+def test_it_is_not_drawn_again_where_nothing_was_logged_since_the_save(figures, tmp_path):
+    assert watch(tmp_path, make_log(1))
+    assert len(figures) == 1
 
 
 def test_a_picture_that_cannot_be_written_stops_no_training_and_leaves_the_last_one(figures, tmp_path, monkeypatch):
