@@ -53,6 +53,11 @@ def assert_same(one, two, weights, weights_of_two):
     for entry, other in zip(one["logs"], two["logs"], strict=True):
         for name in ("loss", "nll_loss", "kd_loss", "grad_norm"):
             assert other[name] == pytest.approx(entry[name], rel=1e-5, abs=1e-5)
+        tokens_a_row = [logs["tokens_per_second"] / logs["rows_per_second"] for logs in (entry, other)]
+        assert tokens_a_row[0] == pytest.approx(tokens_a_row[1], rel=1e-2)  # the rows of both processes count
+    assert [entry["step"] for entry in two["probes"]] == [0, 2, 3]
+    for entry, other in zip(one["probes"], two["probes"], strict=True):
+        assert other == pytest.approx(entry, rel=1e-5, abs=1e-5)
     for name in ("eval_loss", "eval_nll_loss", "eval_kd_loss"):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4)
     for name, tensor in weights.items():

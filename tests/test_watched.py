@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from mend_hf import MendCollator, MendConfig, MendTrainer, MendTrainingArguments, get_mend_model
 from mend_hf.errors import ConfigError, DataError
@@ -190,6 +191,41 @@ def test_evaluation_probing_and_saving_take_no_training_time(make_trainer, monke
         )
     trainer.train()
     assert running == [None] * 7
+
+
+class Reporter(TrainerCallback):
+    """Keeps what would go to a dashboard."""
+
+    def __init__(self):
+        self.reported = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.reported.append((state.global_step, dict(logs)))
+
+
+def test_a_dashboard_gets_all_of_it_as_plain_numbers(make_trainer):
+    trainer, reporter = make_trainer(max_steps=2), Reporter()
+    trainer.add_callback(reporter)
+    trainer.train()
+    steps, logs = zip(*reporter.reported, strict=True)
+    assert steps == (0, 1, 2, 2, 2)
+    assert {type(value) for entry in logs for value in entry.values()} <= {int, float}
+    reported = {name for entry in logs for name in entry}
+    assert {"probe_kl", "probe_nll", *CONSTANTS, "rows_per_second", "tokens_per_second"} <= reported
+    assert {f"{part}_time_fraction" for part in PARTS} <= reported
+
+
+def test_tensorboard_shows_speed_and_probe(make_trainer, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make_trainer(max_steps=2, report_to="tensorboard")
+    trainer.train()
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    expected = [(entry["step"], entry["probe_kl"]) for entry in entries_with(trainer, "probe_kl")]
+    assert [(event.step, event.value) for event in events.Scalars("train/probe_kl")] == [
+        (step, pytest.approx(value)) for step, value in expected
+    ]
+    assert len(events.Scalars("train/teacher_time_fraction")) == len(events.Scalars("train/rows_per_second")) == 2
 
 
 def test_of_a_language_model_that_is_tuned_itself_only_its_own_likelihood_is_probed(tiny_model, tokenizer, tmp_path):

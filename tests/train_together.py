@@ -61,18 +61,20 @@ def main(folder: Path, rows_a_process: int, accumulation: int, form: str, *optio
         output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=rows_a_process,
         optim="adamw_torch" if "adamw" in options else "sgd",
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, logging_steps=1, report_to="none",
-        disable_tqdm=True, use_cpu=True, save_steps=1, seed=3, **sharding,
+        disable_tqdm=True, use_cpu=True, save_steps=1, seed=3, probe_steps=2, **sharding,
     )  # fmt: skip
     stream = StreamingTextDataset(TEXTS, tokenizer=tokenizer, min_tokens=4, num_rows=12, seed=1, shuffle_buffer=3)
     rows = stream if "stream" in options else ROWS
-    trainer = MendTrainer(model=model, args=args, train_dataset=rows, eval_dataset=ROWS[:4])
+    trainer = MendTrainer(model=model, args=args, train_dataset=rows, eval_dataset=ROWS[:4], probe_dataset=ROWS[:3])
     trainer.train(resume_from_checkpoint="resume" in options)
     kinds = sorted({type(parameter).__name__ for parameter in model.base_model.parameters()})
     metrics = trainer.evaluate()
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        probes = [entry for entry in trainer.state.log_history if "probe_kl" in entry]
         result = {"num_processes": args.world_size, "parameters": kinds, "logs": logs, "metrics": metrics}
+        result["probes"] = probes
         (folder / "result.json").write_text(json.dumps(result))
 
 
