@@ -69,6 +69,15 @@ class TrainingProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, left=self._estimate_time_left(state))
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say why the bar stands still."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], left="evaluating")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say again how much time is left."""
+        self.on_step_end(args, state, control)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Logs | None = None, **_: Any) -> None:
         """Show what was logged."""
         if not state.is_world_process_zero or not logs:

@@ -83,6 +83,22 @@ def test_a_terminal_shows_a_bar_of_one_line_with_losses_speed_and_time_left(tmp_
             assert line in written
 
 
+def test_the_bar_says_why_it_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "time", Clock())
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=False)
+    state, control = TrainerState(max_steps=3), TrainerControl()
+    console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=80, color_system=None)
+    said = []
+    with TrainingProgress(console) as shown:
+        shown.on_prediction_step(args, state, control)  # of an evaluation before the training
+        shown.on_train_begin(args, state, control)
+        state.global_step = 1
+        for event in (shown.on_step_end, shown.on_prediction_step, shown.on_evaluate):
+            event(args, state, control)
+            said.append(shown._bar.tasks[0].fields["left"])
+    assert said == ["0:00:20 left", "evaluating", "0:00:40 left"]
+
+
 def test_only_the_main_process_shows_anything(tmp_path, monkeypatch):
     for terminal in (False, True):
         assert train(tmp_path, monkeypatch, terminal=terminal, is_main=False) == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mend_hf import MendCollator, MendConfig, MendTrainer, MendTrainingArguments, get_mend_model
 from mend_hf.errors import ConfigError, DataError
@@ -118,6 +118,16 @@ def test_it_is_logged_before_the_first_step_every_probe_steps_and_at_the_end(mak
     for name in CONSTANTS:
         assert len({entry[name] for entry in entries}) == 1
     assert len({entry["probe_kl"] for entry in entries}) == len({entry["probe_nll"] for entry in entries}) == 4
+
+
+def test_a_training_that_stops_early_is_probed_where_it_stops(make_trainer):
+    watching = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": ROWS, "metric_for_best_model": "loss"}
+    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(max_steps=9, probe_steps=8, learning_rate=0.0, **watching, **saving)
+    trainer.add_callback(EarlyStoppingCallback(2))
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert [entry["step"] for entry in entries_with(trainer, "probe_kl")] == [0, 3]
 
 
 def test_a_training_with_a_probe_has_the_losses_and_weights_of_one_without(make_trainer):
