@@ -109,9 +109,9 @@ def _points(log: Log, name: str) -> Points:
 
 
 def _draw_losses(axes: Axes, log: Log) -> None:
-    names = [name for name in _LOSSES if _points(log, name)[0]]
-    if len(names) == 2 and _are_alike(_points(log, names[0]), _points(log, names[1])):
-        names = names[1:]  # there is one loss, with a weight of 1
+    total, *names = [name for name in _LOSSES if _points(log, name)[0]]
+    if not any(_are_alike(_points(log, total), _points(log, name)) for name in names):  # not one with a weight of 1
+        names = [total, *names]
     for name in names:
         label, colour = _LOSSES[name]
         _draw_noisy(axes, _points(log, name), label, colour)

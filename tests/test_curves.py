@@ -83,10 +83,15 @@ def test_many_points_are_shown_with_their_running_mean(figures, tmp_path):
     assert lines[1].get_ydata()[50] == pytest.approx(5 / 11)  # 5 on either side
 
 
-def test_a_loss_that_is_the_only_one_is_drawn_once_and_what_is_not_finite_is_left_out(figures, tmp_path):
-    log = [{"step": step, "loss": value, "kd_loss": value} for step, value in [(1, 2.0), (2, float("nan")), (3, 1.0)]]
+def test_a_loss_that_is_all_that_is_trained_is_drawn_once_and_what_is_not_finite_is_left_out(figures, tmp_path):
+    log = [
+        {"step": step, "loss": value, "kd_loss": value, "nll_loss": 7.0}
+        for step, value in [(1, 2.0), (2, float("nan")), (3, 1.0)]
+    ]
     plot_training(log, tmp_path / "curves.png")
-    assert curves_of(figures[0].get_axes()[0]) == {"divergence from the teacher": [(1, 2), (3, 1)]}
+    shown = curves_of(figures[0].get_axes()[0])
+    assert sorted(shown) == ["NLL of the targets", "divergence from the teacher"]
+    assert shown["divergence from the teacher"] == [(1, 2), (3, 1)]
 
 
 def test_a_kept_log_is_drawn_in_the_format_of_the_suffix(tmp_path):
