@@ -73,13 +73,8 @@ def main(folder: Path, rows_a_process: int, accumulation: int, form: str, *optio
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         probes = [entry for entry in trainer.state.log_history if "probe_kl" in entry]
-        result = {
-            "num_processes": args.world_size,
-            "parameters": kinds,
-            "logs": logs,
-            "probes": probes,
-            "metrics": metrics,
-        }
+        result = {"num_processes": args.world_size, "parameters": kinds, "logs": logs, "metrics": metrics}
+        result["probes"] = probes
         (folder / "result.json").write_text(json.dumps(result))
 
 

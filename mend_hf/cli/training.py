@@ -68,6 +68,9 @@ Seed = Annotated[int, typer.Option(help="Fixes initial values, rows and their or
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
 ReportTo = Annotated[str, typer.Option(help="none, tensorboard, wandb ...")]
 
+# Of streamed documents, only so many of the first are looked through for probe rows.
+_NUM_PROBED_TEXTS = 256
+
 
 def pretrain(
     text: Annotated[
@@ -135,14 +138,13 @@ def pretrain(
     shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens}
     rows: TextDataset | StreamingTextDataset
     if streaming:
-        batch_size = args.train_batch_size * args.world_size
-        rows = StreamingTextDataset(texts, batch_size=batch_size, num_rows=num_rows, seed=seed, **shape)
+        rows_of_all = args.train_batch_size * args.world_size
+        rows = StreamingTextDataset(texts, batch_size=rows_of_all, num_rows=num_rows, seed=seed, **shape)
+        known = list(itertools.islice(texts, _NUM_PROBED_TEXTS)) if probe_rows else []
     else:
         rows = TextDataset(texts, num_rows=num_rows, seed=seed, **shape)
-    probe = None
-    if probe_rows:  # of a stream, the first documents
-        documents = rows.texts if isinstance(rows, TextDataset) else itertools.islice(texts, 16 * probe_rows)
-        probe = TextDataset(documents, num_rows=probe_rows, seed=seed + 2, **shape)
+        known = rows.texts
+    probe = TextDataset(known, num_rows=probe_rows, seed=seed + 2, **shape) if probe_rows else None
     collator = make_collator(model, tokenizer, args)
     train(model, tokenizer, args, rows, None, collator, probe_rows=probe, recipe=recipe, resume=resume)
 
