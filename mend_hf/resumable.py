@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -95,6 +98,8 @@ class ResumableTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # transformers calls this in every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         self._save_model(folder, state_dict)
         if self.args.should_save:  # sharded weights are put together, and come here, in every process
@@ -111,26 +116,41 @@ class ResumableTrainer(Trainer):
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _do_together(self, work: Callable[[], None]) -> None:
+        """Do something in every process, wait for all, and fail in all where it failed in one."""
+        error: Exception | None = None
+        try:
+            work()
+        except (OSError, RuntimeError, SafetensorError) as own:  # torch's and safetensors' own for a full disk
+            error = own
+        failed = torch.tensor([error is not None], dtype=torch.long, device=self.args.device)
+        num_failed = int(self.accelerator.gather(failed).sum())
+        if error is not None:
+            raise error
+        if num_failed:
+            raise OSError(f"an error in {num_failed} of {self.args.world_size} processes, which says it itself")
+
+    def _publish(self, staged: Path, folder: Path) -> None:
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            publish_checkpoint(staged, folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint in a staging folder, and move it to its place once it is whole."""
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = folder / STAGING_NAME
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # every process has written its random numbers' state
+            self._do_together(partial(super()._save_checkpoint, model, trial))  # each writes its random numbers' state
             if self.state.best_model_checkpoint == str(self._staging / name):
                 self.state.best_model_checkpoint = str(folder / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(self._staging / name / TRAINER_STATE_NAME))
-                publish_checkpoint(self._staging / name, folder / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a full disk
+            self._do_together(partial(self._publish, self._staging / name, folder / name))
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise report_failed_save(folder, error) from error
         finally:
             if self.args.should_save:
                 clear_staging(folder)
             self._staging = None
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
         if self.args.should_save:

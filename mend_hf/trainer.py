@@ -142,7 +142,7 @@ class MendTrainer(WatchedTrainer):
             self._losses.add_evaluated(values, len(outputs.logits))
         elif all(map(math.isfinite, values.values())):
             self._losses.add(values)
-        else:
+        elif self.accelerator.num_processes == 1:  # else all learn of it by the gradient, and pass over it together
             loss = self._pass_over([inputs], values)
         if in_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
@@ -187,7 +187,10 @@ class MendTrainer(WatchedTrainer):
         is_lost = not all(bool(own_part(parameter).isfinite().all()) for parameter in trained)
         if self.args.nonfinite_loss == "stop" or is_lost:
             tokenizer = self._inner_model.tokenizer if isinstance(self._inner_model, MendModel) else None
-            path = write_batch(self.args.output_dir, batches, values, self.state.global_step, tokenizer)
+            folder = Path(self.args.output_dir)
+            if self.accelerator.num_processes > 1:
+                folder /= f"process-{self.args.process_index}"
+            path = write_batch(folder, batches, values, self.state.global_step, tokenizer)
             what = "weights that are finite numbers" if is_lost else "a finite loss and finite gradients"
             raise TrainingError(
                 f"Expected {what} in step {self.state.global_step + 1}, got {values}. What it read is in {path}: look "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Any
@@ -26,15 +27,20 @@ for command in (pretrain, finetune, distill, generate, evaluate, info):
 
 
 def main() -> None:
-    """Run the command line; a known error is one line on stderr and exit status 2."""
+    """Run the command line; a known error is one line on stderr and exit status 2.
+
+    Of several processes that train together, each says its own error, and the first alone warns.
+    """
     warnings.showwarning = _show_warning
     try:
         app(prog_name="mend")
     except MendError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" in process {rank}"
+        print(f"error{where}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr)

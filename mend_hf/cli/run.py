@@ -94,7 +94,7 @@ def make_arguments(
         "eval_strategy": "steps" if has_evaluation else "no",
         "eval_steps": chosen["save_steps"] if chosen.get("load_best_model_at_end") else max(num_steps // 5, 1),
         "per_device_eval_batch_size": chosen["per_device_train_batch_size"],
-        "use_cpu": device == "cpu",
+        "use_cpu": device == "cpu" or (device is None and not torch.accelerator.is_available()),
         "dataloader_pin_memory": torch.cuda.is_available() and device != "cpu",
     }
     try:
@@ -120,7 +120,9 @@ def load_for_training(
     from mend_hf.training_args import RECIPES_WITHOUT_DISTILLER
 
     torch.manual_seed(seed)
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":  # each of several processes has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, device)
     if recipe in RECIPES_WITHOUT_DISTILLER:
         if distiller is not None:

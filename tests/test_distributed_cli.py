@@ -1,0 +1,68 @@
+"""`mend` in two processes: trained together, said and saved once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run_mend
+from safetensors.torch import load_file
+from tiny import load_tiny
+from torch.testing import assert_close
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FEW = ["--num-virtual-tokens", 2, "--num-demonstrations", 2, "--num-rows", 8, "--save-steps", 2, "--arg", "optim=sgd"]
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    base, tokenizer = load_tiny()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def launch(launcher: list[str], *words: object) -> subprocess.CompletedProcess[str]:
+    """Run `mend` in two processes, over the loopback interface."""
+    command = [sys.executable, "-m", *launcher, "-m", "mend_hf.cli", *map(str, words)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NO_COLOR": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [
+    "accelerate.commands.launch", "--config_file", str(EXAMPLES / "distributed" / "ddp.yaml"), "--num_processes", "2",
+    "--main_process_port", "0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_train_save_and_speak_as_one(launcher: list[str], base_folder: Path, tmp_path: Path) -> None:
+    words = ["finetune", "--base-model", base_folder, "--tasks", EXAMPLES / "data", "--device", "cpu", *FEW]
+    result = launch(launcher, *words, "--batch-size", 1, "--output-dir", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    for line in ("trainable params:", "'train_loss'", f"Saved the distiller in {tmp_path / 'two'}"):
+        assert result.stdout.count(line) == 1
+    assert run_mend([*words, "--batch-size", 2, "--output-dir", tmp_path / "one"]) == 0
+    one, two = (json.loads((tmp_path / name / "training_log.json").read_text())["log"] for name in ("one", "two"))
+    for entry, other in zip(one[:-1], two[:-1], strict=True):
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert other[name] == pytest.approx(entry[name], rel=1e-3)
+    assert json.loads((tmp_path / "two" / "training_run.json").read_text())["num_processes"] == 2
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    weights, of_two = (load_file(tmp_path / name / "mend_model.safetensors") for name in ("one", "two"))
+    for name, tensor in weights.items():
+        assert_close(of_two[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_says_which_process_it_is_of(tmp_path: Path) -> None:
+    words = ["finetune", "--tasks", EXAMPLES / "data", "--output-dir", tmp_path / "out"]
+    lines = launch(TORCHRUN, *words).stderr.splitlines()
+    expected = "Expected --base-model, or --distiller, which names one, got neither: name a Hub id or a folder."
+    said = [line for line in lines if line.endswith(expected)]
+    assert said
+    assert set(said) <= {f"error: {expected}", f"error in process 1: {expected}"}
