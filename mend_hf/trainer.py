@@ -165,8 +165,8 @@ class MendTrainer(WatchedTrainer):
 
     def _split(self, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None) -> list[dict[str, Tensor]]:
         """Return a batch's passes; one where losses are not sums, or where every pass is an exchange of weights."""
-        budget = self.args.max_tokens_per_pass
-        if budget is None or num_items_in_batch is None or "query_task_rows" not in inputs or self._is_sharded:
+        budget = self.args.tokens_per_pass
+        if not budget or num_items_in_batch is None or "query_task_rows" not in inputs or self._is_sharded:
             return [inputs]
         return split_batch(inputs, budget, labels_apart=self._inner_model.config.is_encoder_decoder)
 

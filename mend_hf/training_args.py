@@ -77,10 +77,11 @@ class MendTrainingArguments(TrainingArguments):
         metadata={"help": "Outputs of these layers: 1 is the first's, -1 the last's. None: of all layers."},
     )
     max_tokens_per_pass: int | None = field(
-        default=4096,
+        default=None,
         metadata={
             "help": "A batch with more demonstration and query tokens is read in several passes, rows of like length "
-            "together, which saves padding and memory and changes no gradient. None: always in one."
+            "together, which saves padding and memory and changes no gradient. None: 1024 on a CPU, 16384 elsewhere; "
+            "0: always in one."
         },
     )
     probe_steps: int = field(
@@ -117,6 +118,13 @@ class MendTrainingArguments(TrainingArguments):
         return cls(**(RECIPES[name] | settings))
 
     @property
+    def tokens_per_pass(self) -> int:
+        """The most tokens of a pass on the device at hand; 0: no limit."""
+        if self.max_tokens_per_pass is not None:
+            return self.max_tokens_per_pass
+        return 1024 if self.device.type == "cpu" else 16384
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a loss compares the student with the base model that reads the demonstrations' text."""
         return self.kd_loss_weight > 0 or self.hidden_loss_weight > 0
@@ -137,8 +145,8 @@ class MendTrainingArguments(TrainingArguments):
             problems.append(f"nonfinite_loss: expected 'stop' or 'skip', got {self.nonfinite_loss!r}")
         if self.kd_temperature <= 0:
             problems.append(f"kd_temperature: expected a number above 0, got {self.kd_temperature}")
-        if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
-            problems.append(f"max_tokens_per_pass: expected 1 or more, or None, got {self.max_tokens_per_pass}")
+        if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 0:
+            problems.append(f"max_tokens_per_pass: expected 0 or more, or None, got {self.max_tokens_per_pass}")
         if self.probe_steps < 1:
             problems.append(f"probe_steps: expected 1 or more, got {self.probe_steps}")
         if self.hidden_loss_layers == []:

@@ -44,7 +44,7 @@ def arguments(tmp_path):
 @pytest.mark.parametrize("max_tokens", [1, 60, 100])
 def test_training_in_several_passes_equals_training_in_one(tiny_model, tokenizer, arguments, form, max_tokens):
     results = []
-    for budget in (None, max_tokens):
+    for budget in (0, max_tokens):
         torch.manual_seed(0)
         config = MendConfig(num_virtual_tokens=3, lora_r=2, prefix_form=form)
         model = get_mend_model(tiny_model("llama"), config, tokenizer)
@@ -62,7 +62,7 @@ def test_chunks_stay_with_their_tasks(tiny_model, tokenizer, arguments):
     model = get_mend_model(tiny_model("llama"), config, tokenizer)
     batch = MendCollator(tokenizer, config)(ROWS)
     whole, parts = [], []
-    for budget, losses in ((None, whole), (1, parts)):
+    for budget, losses in ((0, whole), (1, parts)):
         model.zero_grad()
         trainer = MendTrainer(model=model, args=arguments(max_tokens_per_pass=budget), train_dataset=ROWS)
         batches, num_items = trainer.get_batch_samples(iter([batch]), 1, model.device)
@@ -118,6 +118,7 @@ def test_an_encoder_decoders_targets_are_cut_by_themselves(tokenizer):
     assert (short["labels"] != -100).all()
 
 
-def test_a_budget_of_no_tokens_is_refused(arguments):
-    with pytest.raises(ConfigError, match="max_tokens_per_pass: expected 1 or more, or None, got 0"):
-        arguments(max_tokens_per_pass=0)
+def test_a_budget_below_zero_is_refused_and_none_is_the_devices(arguments):
+    with pytest.raises(ConfigError, match="max_tokens_per_pass: expected 0 or more, or None, got -1"):
+        arguments(max_tokens_per_pass=-1)
+    assert [arguments(max_tokens_per_pass=given).tokens_per_pass for given in (None, 0, 7)] == [1024, 0, 7]

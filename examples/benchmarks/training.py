@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--form", choices=("embeds", "kv"), default="embeds", help="of the prefix")
     parser.add_argument("--num-virtual-tokens", type=int, default=100)
     parser.add_argument("--num-rounds", type=int, default=3)
-    parser.add_argument("--max-tokens-per-pass", type=int, default=4096)
+    parser.add_argument("--max-tokens-per-pass", type=int, help="default: that of the device")
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--tiny", action="store_true", help="a small random model, to try this script in seconds")
     parser.add_argument("--side", choices=("ours", "reference"), help=argparse.SUPPRESS)
