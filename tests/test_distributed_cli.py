@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from command_line import run_mend
 from safetensors.torch import load_file
 from tiny import load_tiny
@@ -66,3 +67,11 @@ def test_an_error_says_which_process_it_is_of(tmp_path: Path) -> None:
     said = [line for line in lines if line.endswith(expected)]
     assert said
     assert set(said) <= {f"error: {expected}", f"error in process 1: {expected}"}
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_configurations_are_as_accelerate_reads_them(name: str) -> None:
+    config = load_config_from_file(str(EXAMPLES / "distributed" / f"{name}.yaml"))
+    assert config.num_processes == 2
+    stage = getattr(config, "deepspeed_config", None) or {}
+    assert stage.get("zero_stage") == {"ddp": None, "zero2": 2}[name]
