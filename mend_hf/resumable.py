@@ -102,8 +102,7 @@ class ResumableTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         self._save_model(folder, state_dict)
-        if self.args.should_save:  # sharded weights are put together, and come here, in every process
-            write_json(folder / RUN_NAME, self._describe_run())
+        write_json(folder / RUN_NAME, self._describe_run())
 
     def _save_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         super()._save(str(folder), state_dict)

@@ -34,13 +34,23 @@ def check_sharding(accelerator: Accelerator, nonfinite_loss: str) -> None:
         )
     if fsdp is not None and nonfinite_loss == "skip":
         problems.append("nonfinite_loss: expected 'stop', because sharded processes cannot pass over one, got 'skip'")
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        problems.append(
-            "zero_stage: expected at most 2, because ZeRO-3 gathers weights when a layer's output is used, and a "
-            "prefix leaves a layer through the cache, got 3; FSDP2 holds weights in parts too"
-        )
+    if deepspeed is not None:
+        check_zero_stage(deepspeed.zero_stage)
     if problems:
         raise ConfigError("The settings of several processes do not go:\n" + "\n".join(f"- {p}" for p in problems))
+
+
+def check_zero_stage(stage: int) -> None:
+    """Refuse DeepSpeed's ZeRO-3, best before a base model is loaded in parts.
+
+    Raises:
+        ConfigError: It is on.
+    """
+    if stage == 3:
+        raise ConfigError(
+            "Expected zero_stage to be at most 2, got 3: ZeRO-3 gathers weights when a layer's output is used, and a "
+            "prefix leaves a layer through the cache. Use FSDP2, which holds weights in parts too."
+        )
 
 
 def gather_whole(tensor: Tensor) -> Tensor:

@@ -267,8 +267,7 @@ class MendTrainer(WatchedTrainer):
 
     def _save_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         if isinstance(self._inner_model, MendModel):
-            if self.args.should_save:
-                self._inner_model.save_pretrained(folder, state_dict=state_dict)
+            self._inner_model.save_pretrained(folder, state_dict=state_dict)
         else:
             super()._save_model(folder, state_dict)
 

@@ -69,9 +69,12 @@ def test_an_error_says_which_process_it_is_of(tmp_path: Path) -> None:
     assert set(said) <= {f"error: {expected}", f"error in process 1: {expected}"}
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
 def test_configurations_are_as_accelerate_reads_them(name: str) -> None:
     config = load_config_from_file(str(EXAMPLES / "distributed" / f"{name}.yaml"))
     assert config.num_processes == 2
     stage = getattr(config, "deepspeed_config", None) or {}
-    assert stage.get("zero_stage") == {"ddp": None, "zero2": 2}[name]
+    assert stage.get("zero_stage") == {"zero2": 2}.get(name)
+    sharding = getattr(config, "fsdp_config", None) or {}
+    wanted = (2, False) if name == "fsdp2" else (None, None)
+    assert (sharding.get("fsdp_version"), sharding.get("fsdp_cpu_ram_efficient_loading")) == wanted

@@ -119,7 +119,7 @@ def test_a_sharded_training_that_goes_on_is_one_that_never_stopped(tmp_path):
             {"nonfinite_loss": "skip"},
             "nonfinite_loss: expected 'stop'",
         ),
-        ({"deepspeed_plugin": {"zero_stage": 3}}, {"nonfinite_loss": "stop"}, "zero_stage: expected at most 2"),
+        ({"deepspeed_plugin": {"zero_stage": 3}}, {"nonfinite_loss": "stop"}, "zero_stage to be at most 2"),
     ],
 )
 def test_ways_of_sharding_that_do_not_go_are_refused(state, settings, message):

@@ -67,8 +67,10 @@ def make_arguments(
     to twenty times, and never more than a tenth of the training's rows, besides the first time.
     """
     import torch
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     from mend_hf.checkpoints import check_unused
+    from mend_hf.sharding import check_zero_stage
     from mend_hf.training_args import RECIPES, MendTrainingArguments
 
     check_output_folder(output_dir)
@@ -98,9 +100,11 @@ def make_arguments(
         "dataloader_pin_memory": torch.cuda.is_available() and device != "cpu",
     }
     try:
-        return MendTrainingArguments(output_dir=str(output_dir), **settings | chosen)
+        args = MendTrainingArguments(output_dir=str(output_dir), **settings | chosen)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The training arguments do not go: {error}") from error
+    check_zero_stage(3 if is_deepspeed_zero3_enabled() else 0)
+    return args
 
 
 def load_for_training(
