@@ -10,7 +10,8 @@ are medians of rounds in turns; memory is the peak of a process of its own, less
 
 The last line is `RESULT training_speedup_1=... training_speedup_4=... training_memory_ratio=... loss_difference=...`:
 rows a second, ours over the reference's, at one and at four queries a distilling; peak memory, ours over the
-reference's; and the largest difference of losses and of gradients, as a share of their size.
+reference's; and the largest difference of losses and of gradients, as a share of their size. On a GPU both sides run
+in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mend_hf import MendCollator, MendConfig, MendModel, MendTrainer, MendTrainingArguments, get_mend_model
 from mend_hf.data.few_shot import FewShotDataset
@@ -71,6 +73,8 @@ def main() -> None:
     speedup_1 = reference / ours
     speedup_4 = (reference_shared / args.num_rows) / (ours_shared / num_queries)
     memory_ratio = memory["ours"] / memory["reference"]
+    utilisation = measure_utilisation(model, rows, args, ours)
+    Console().print(f"Our step reaches {100 * utilisation:.0f} % of the peak of matrix products.")
     show(args, rows, model, (ours, reference), (ours_shared / num_queries, reference_shared / args.num_rows), memory)
     print(
         f"RESULT training_speedup_1={speedup_1:.2f} training_speedup_4={speedup_4:.2f} "
@@ -90,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-rounds", type=int, default=3)
     parser.add_argument("--max-tokens-per-pass", type=int, help="default: that of the device")
     parser.add_argument("--seed", type=int, default=13)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a small random model, to try this script in seconds")
     parser.add_argument("--side", choices=("ours", "reference"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -100,7 +105,7 @@ def build(args: argparse.Namespace, num_queries: int) -> tuple[MendModel, list[d
     base, tokenizer = load_tiny() if args.tiny else load_smollm2()
     torch.manual_seed(args.seed)
     config = MendConfig(num_virtual_tokens=args.num_virtual_tokens, prefix_form=args.form)
-    model = get_mend_model(base, config, tokenizer)
+    model = get_mend_model(base.to(args.device), config, tokenizer)
     for _, parameter in model.distiller.trained_tensors():  # so that no gradient is zero
         parameter.data += 0.01 * torch.randn_like(parameter)
     return model, build_rows(args, num_queries)
@@ -146,6 +151,7 @@ def make_trainer(model: MendModel, rows: list[dict[str, Any]], args: argparse.Na
         max_tokens_per_pass=args.max_tokens_per_pass,
         report_to="none",
         use_cpu=model.device.type == "cpu",
+        bf16=model.device.type == "cuda",
     )
     return MendTrainer(model=model, args=settings, train_dataset=rows)
 
@@ -156,7 +162,8 @@ def reference_step(model: MendModel, rows: list[dict[str, Any]], args: argparse.
     model.zero_grad()
     batch = MendCollator(model.tokenizer, model.mend_config)(rows)
     batch = {name: column.to(model.device) for name, column in batch.items()}
-    loss = reference_loss(model, batch)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        loss = reference_loss(model, batch)
     loss.backward()
     return loss.detach()
 
@@ -187,8 +194,8 @@ def reference_loss(model: MendModel, batch: Mapping[str, Tensor]) -> Tensor:
 
     labels = batch["labels"][:, 1:]
     mask = (query_mask[:, 1:] * query_mask[:, :-1]).bool()
-    student = student_logits[:, -num_query_tokens:-1].log_softmax(-1)
-    teacher = teacher_logits[:, -num_query_tokens:-1].log_softmax(-1)
+    student = student_logits[:, -num_query_tokens:-1].float().log_softmax(-1)
+    teacher = teacher_logits[:, -num_query_tokens:-1].float().log_softmax(-1)
     kl = (teacher.exp() * (teacher - student)).sum(-1)[mask].mean()
     return F.nll_loss(student.flatten(0, 1), labels.flatten(), ignore_index=-100) + kl
 
@@ -238,6 +245,18 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def measure_utilisation(
+    model: MendModel, rows: list[dict[str, Any]], args: argparse.Namespace, seconds: float
+) -> float:
+    """Return our step's floating-point operations a second, as a share of those of one large matrix product."""
+    with FlopCounterMode(display=False) as counter:
+        our_step(model, rows, args)
+    dtype, size = (torch.bfloat16, 8192) if model.device.type == "cuda" else (torch.float32, 2048)
+    factors = torch.randn(2, size, size, dtype=dtype, device=model.device)
+    [product_seconds] = time_in_turns([lambda: factors[0] @ factors[1]], 5)
+    return counter.get_total_flops() / seconds / (2 * size**3 / product_seconds)
 
 
 def run_alone(side: str) -> int:
