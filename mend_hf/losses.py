@@ -76,7 +76,7 @@ def kd_loss(
             the number of positions of all its batches.
 
     Returns:
-        Scalar float32.
+        Scalar, in float32 at least.
     """
     measure = _DIVERGENCES[kd_divergence]
 
@@ -85,7 +85,7 @@ def kd_loss(
         if isinstance(teacher, TopTokens):
             student = _keep_top(logits, teacher.token_ids.flatten(0, -2)[places])
             return measure(student, teacher.log_probs.flatten(0, -2)[places])
-        softened = teacher.detach().flatten(0, -2)[places].float() / kd_temperature
+        softened = teacher.detach().flatten(0, -2)[places].to(logits.dtype) / kd_temperature
         return measure(logits.log_softmax(-1), softened.log_softmax(-1))
 
     total = _sum_over(divergence, student_logits, mask) * kd_temperature**2
@@ -101,7 +101,7 @@ def nll_loss(logits: Tensor, labels: Tensor, *, num_items: Tensor | int | None =
         num_items: What the sum is divided by; None: the number of labels that count.
 
     Returns:
-        Scalar float32; 0 where no label counts.
+        Scalar, in float32 at least; 0 where no label counts.
     """
     mask = labels != IGNORE_INDEX
 
@@ -180,9 +180,10 @@ class _SumOverPlaces(torch.autograd.Function):
         """Add the parts up."""
         flat = logits.detach().flatten(0, -2)
         gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), device=logits.device)
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        total = torch.zeros((), dtype=precision, device=logits.device)
         for part in places.split(max(_CHUNK_SIZE // logits.shape[-1], 1)):
-            chunk = flat[part].float().requires_grad_(gradient is not None)
+            chunk = flat[part].to(precision).requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
                 value = measure(chunk, part)
             if gradient is not None:
