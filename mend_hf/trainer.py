@@ -277,6 +277,7 @@ class MendTrainer(WatchedTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         cut_up(self.model)  # evaluating leaves it whole
+        self.accelerator.wait_for_everyone()  # what is still being gathered must not meet the states on its way
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
         )
