@@ -45,10 +45,15 @@ def clear_staging(output_dir: str | Path) -> None:
     shutil.rmtree(Path(output_dir) / STAGING_NAME, ignore_errors=True)
 
 
+def find_last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the folder of the last checkpoint in an output folder; None where there is none, or no such folder."""
+    return get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+
+
 def report_failed_save(output_dir: str | Path, error: Exception) -> CheckpointError:
     """Return the error to raise where a checkpoint could not be written."""
     free = shutil.disk_usage(output_dir).free
-    last = get_last_checkpoint(str(output_dir))
+    last = find_last_checkpoint(output_dir)
     remains = f"{last} is whole: free some room and go on from it" if last else "there is none before it"
     return CheckpointError(
         f"Expected to write a checkpoint into {output_dir}, where {free / 1e6:.0f} MB are free, got {error}. Nothing "
@@ -78,7 +83,7 @@ def check_unused(output_dir: str | Path) -> None:
     Raises:
         CheckpointError: There are some.
     """
-    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    last = find_last_checkpoint(output_dir)
     if last is not None:
         raise CheckpointError(
             f"Expected an output folder without checkpoints for a new training, got {last}: go on from it (--resume, "

@@ -15,7 +15,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     TrainOutput,
-    get_last_checkpoint,
     rotate_checkpoints,
 )
 
@@ -26,6 +25,7 @@ from mend_hf.checkpoints import (
     check_unused,
     clear_staging,
     describe_rows,
+    find_last_checkpoint,
     publish_checkpoint,
     report_failed_save,
 )
@@ -75,7 +75,7 @@ class ResumableTrainer(Trainer):
             clear_staging(self.args.output_dir)
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+            checkpoint = find_last_checkpoint(self.args.output_dir)
             if checkpoint is None:
                 raise CheckpointError(
                     f"Expected a checkpoint to go on from in {self.args.output_dir}, got none: start without "

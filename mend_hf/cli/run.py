@@ -175,8 +175,8 @@ def train(
 ) -> None:
     """Train, and leave the result and the log in the output folder."""
     from transformers import PrinterCallback, ProgressCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
+    from mend_hf.checkpoints import find_last_checkpoint
     from mend_hf.model import MendModel
     from mend_hf.progress import TrainingProgress
     from mend_hf.trainer import MendTrainer
@@ -198,7 +198,7 @@ def train(
     )
     for display in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(display)
-    checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir.is_dir() else None
+    checkpoint = find_last_checkpoint(output_dir) if resume else None
     if resume and checkpoint is None and is_main:
         print(f"No checkpoint in {output_dir} yet: starting from the first step")
     with progress:
