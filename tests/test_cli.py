@@ -370,6 +370,17 @@ def test_a_training_without_probe_rows_probes_nothing(
     assert "probe:" not in result.out
 
 
+def test_a_finished_training_leaves_the_other_processes(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_when_left = []
+    where = tmp_path / "training_log.json"
+    monkeypatch.setattr("accelerate.Accelerator.end_training", lambda _: saved_when_left.append(where.is_file()))
+    words = ["--base-model", base_folder, "--text", data / "text.jsonl", "--output-dir", tmp_path, *NEW_DISTILLER]
+    assert mend("pretrain", *words, "--num-rows", 2, "--batch-size", 2).code == 0
+    assert saved_when_left == [True]
+
+
 def test_without_matplotlib_a_training_says_so_and_goes_on(
     mend: Mend, base_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

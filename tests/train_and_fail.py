@@ -40,6 +40,7 @@ def main(folder: Path, failure: str, rank: int) -> None:
     (folder / f"result-{args.process_index}.json").write_text(json.dumps(result))
     while len(list(folder.glob("result-*.json"))) < args.world_size:  # a process that ends would release the other
         time.sleep(0.1)
+    trainer.accelerator.end_training()
 
 
 def fail(*_: Any) -> None:

@@ -76,6 +76,7 @@ def main(folder: Path, rows_a_process: int, accumulation: int, form: str, *optio
         result = {"num_processes": args.world_size, "parameters": kinds, "logs": logs, "metrics": metrics}
         result["probes"] = probes
         (folder / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -208,6 +208,8 @@ def train(
         write_json(output_dir / "training_log.json", {"recipe": recipe, "log": trainer.state.log_history})
         what = "distiller" if isinstance(model, MendModel) else "model"
         print(f"Saved the {what} in {output_dir}")
+    # A process that ends with its group in place may be aborted by a thread of it, though all is done and saved.
+    trainer.accelerator.end_training()
 
 
 def _make_curves(is_main: bool) -> list[TrainingCurves]:
