@@ -12,9 +12,9 @@ from weights import NAME, find_weights, load_smollm2
 
 from mend_hf import Demonstration, MendModel
 from mend_hf.data.metaicl import Example, load_tasks, sample_demonstrations
-from mend_hf.evaluation.methods import Method, in_context, mend, training_free_anchors, zero_shot
+from mend_hf.evaluation.methods import in_context, mend, training_free_anchors, zero_shot
+from mend_hf.evaluation.readers import Method
 from mend_hf.evaluation.report import to_table
-from mend_hf.evaluation.scoring import score_options
 
 HERE = Path(__file__).parent
 DISTILLER = HERE / "distillers" / "smollm2-135m-kv"
@@ -33,15 +33,14 @@ def ask(
     model: MendModel, shots: list[Demonstration], queries: list[Example], method: Method, read_again: bool
 ) -> tuple[int, float, int, int]:
     """Return right answers, milliseconds a query (median), prefix slots and prefix bytes; queries come one by one."""
-    prefix, num_right, milliseconds = method(model, shots), 0, []
+    reader, num_right, milliseconds = method(model, shots), 0, []
     for query in queries:
         start = time.perf_counter()
-        prefix = method(model, shots) if read_again else prefix
-        [scores] = score_options(model, [query.input], [query.options], prefix)
+        reader = method(model, shots) if read_again else reader
+        [scores] = reader.score_options([query.input], [query.options], batch_size=1)
         milliseconds.append(1000 * (time.perf_counter() - start))
         num_right += query.options[scores.index(max(scores))] == query.output
-    slots, size = (prefix.num_slots, prefix.num_bytes) if prefix else (0, 0)
-    return num_right, statistics.median(milliseconds), slots, size
+    return num_right, statistics.median(milliseconds), reader.num_slots, reader.num_bytes
 
 
 def main() -> None:

@@ -320,7 +320,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("method", ["zero-shot", "in-context", "in-context, cut", "random prefix", "MEND"])
     def test_scores_are_those_of_plain_forwards(self, base, ending_tokenizer, method):
         model = wrap(base, ending_tokenizer)
-        prefix = METHODS[method](model, [Demonstration(*shot) for shot in SHOTS])
+        prefix = METHODS[method](model, [Demonstration(*shot) for shot in SHOTS]).prefix
         scores = score_options(model, QUERIES, OPTIONS, prefix, batch_size=2)
         vectors = torch.zeros(1, 0, 32) if prefix is None else prefix.vectors
         for query, options, row in zip(QUERIES, OPTIONS, scores, strict=True):

@@ -10,11 +10,11 @@ from rich.console import Console
 from mend_hf import Demonstration, MendConfig, get_mend_model
 from mend_hf.data.metaicl import Example
 from mend_hf.errors import ConfigError, DataError, MissingExtraError
-from mend_hf.evaluation.evaluator import TaskResult, evaluate_methods
+from mend_hf.evaluation.evaluator import evaluate_methods
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.metrics import compute_metric
 from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown, to_table
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.evaluation.results import ResultKey, TaskResult
 
 OPTIONS = ("positive", "negative")
 SHOTS = [
@@ -65,14 +65,14 @@ def test_an_unknown_metric_is_refused():
 
 def test_anchors_are_what_a_distiller_without_adapter_and_placeholders_keeps(model, tiny_model, tokenizer):
     plain = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=0, lora_r=0), tokenizer)
-    expected, got = plain.distill(SHOTS).prefix, METHODS["training-free anchors"](model, SHOTS)
+    expected, got = plain.distill(SHOTS).prefix, METHODS["training-free anchors"](model, SHOTS).prefix
     for layer, other in zip((*got.keys, *got.values), (*expected.keys, *expected.values), strict=True):
         torch.testing.assert_close(layer, other)
     assert got.next_positions.tolist() == expected.next_positions.tolist()
 
 
 def test_a_random_prefix_keeps_the_sink_and_nothing_else(model):
-    random_prefix, distilled = METHODS["random prefix"](model, SHOTS), METHODS["MEND"](model, SHOTS)
+    random_prefix, distilled = (METHODS[name](model, SHOTS).prefix for name in ("random prefix", "MEND"))
     for drawn, made in zip(random_prefix.keys, distilled.keys, strict=True):
         assert drawn.shape == made.shape
         assert drawn[:, :, 0].equal(made[:, :, 0])
@@ -111,8 +111,8 @@ class WithBeginOfText:
 
 
 def test_every_method_gives_scores_of_its_own(model):
-    prefixes = [method(model, SHOTS) for method in METHODS.values()]
-    scores = [tuple(score_options(model, ["a bore"], [OPTIONS], prefix)[0]) for prefix in prefixes]
+    readers = [method(model, SHOTS) for method in METHODS.values()]
+    scores = [tuple(reader.score_options(["a bore"], [OPTIONS], batch_size=1)[0]) for reader in readers]
     assert len(set(scores)) == len(METHODS)
 
 
@@ -130,7 +130,7 @@ def test_results_are_complete(model):
 def test_what_is_finished_is_not_run_again(model):
     tasks = {"films": examples("films")}
     methods = pick_methods(["zero-shot", "in-context"])
-    finished = {("films", "zero-shot", 1)}
+    finished = {ResultKey("films", "zero-shot", 1, 2)}
     results = evaluate_methods(model, tasks, tasks, methods, num_demonstrations=2, seeds=[1], finished=finished)
     assert [result.method for result in results] == ["in-context"]
 
@@ -214,8 +214,8 @@ def test_an_unknown_method_is_refused():
 
 def result(method, task, seed, score):
     return TaskResult(
-        method=method, task=task, seed=seed, metric="accuracy", score=score, num_queries=1, prefix_slots=2,
-        prefix_bytes=1_000_000, milliseconds_per_query=3.0, prepare_milliseconds=4.0,
+        method=method, task=task, seed=seed, num_demonstrations=2, metric="accuracy", score=score,
+        num_queries=1, prefix_slots=2, prefix_bytes=1_000_000, milliseconds_per_query=3.0, prepare_milliseconds=4.0,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,10 @@ from rich.console import Console
 from mend_hf import MendConfig, MendModel
 from mend_hf.data.metaicl import load_tasks
 from mend_hf.evaluation.evaluator import evaluate_methods
-from mend_hf.evaluation.methods import Demonstrations
+from mend_hf.evaluation.methods import mend
+from mend_hf.evaluation.readers import Demonstrations, Reader
 from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_table
 from mend_hf.pooling import pool_anchors
-from mend_hf.prefix import Prefix
 
 sys.path.append(str(Path(__file__).parents[1]))
 from weights import load_smollm2
@@ -52,22 +53,20 @@ def main() -> None:
     )
     model = MendModel.from_pretrained(base, distiller, tokenizer, config=config)
 
-    def distil(model: MendModel, demonstrations: Demonstrations) -> Prefix:
-        return model.route.prepare(model.distill(list(demonstrations)).prefix)
-
-    def pool(prefix: Prefix, by: Literal["label", "similarity"]) -> Prefix:
+    def pool(model: MendModel, demonstrations: Demonstrations, by: Literal["label", "similarity"]) -> Reader:
+        prefix = mend(model, demonstrations).prefix
         num_anchors = int((prefix.labels != 0).sum())
         # Never fewer slots than the answers have tokens, which is the least that pooling by label can do with.
         num_kept = max(round(args.kept_share * num_anchors), len(prefix.labels.unique()) - 1)
-        return pool_anchors(prefix, prefix.num_slots - num_anchors + num_kept, by)
+        return Reader(model, pool_anchors(prefix, prefix.num_slots - num_anchors + num_kept, by))
 
     methods = {
-        f"{args.demonstrations_per_chunk} demonstrations": lambda model, shots: distil(
+        f"{args.demonstrations_per_chunk} demonstrations": lambda model, shots: mend(
             model, shots[: args.demonstrations_per_chunk]
         ),
-        UNPOOLED: distil,
-        BY_LABEL: lambda model, shots: pool(distil(model, shots), "label"),
-        BY_SIMILARITY: lambda model, shots: pool(distil(model, shots), "similarity"),
+        UNPOOLED: mend,
+        BY_LABEL: partial(pool, by="label"),
+        BY_SIMILARITY: partial(pool, by="similarity"),
     }
     results = list(
         evaluate_methods(

@@ -5,50 +5,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 
 from mend_hf.data.metaicl import Example, sample_demonstrations
 from mend_hf.demonstrations import Demonstration
 from mend_hf.errors import ConfigError, DataError, import_extra
-from mend_hf.evaluation.methods import Method
 from mend_hf.evaluation.metrics import compute_metric
-from mend_hf.evaluation.scoring import batch_by_length, score_options
+from mend_hf.evaluation.readers import Method, Reader
+from mend_hf.evaluation.results import ResultKey, TaskResult
 from mend_hf.model import MendModel
-from mend_hf.prefix import Prefix
 
 SEEDS = (13, 21, 42, 87, 100)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """What one method reached on one task with one seed's demonstrations.
-
-    Attributes:
-        method: Its name.
-        task: The task's name.
-        seed: Fixed the demonstrations.
-        metric: The score's name: `macro_f1` for classification, `accuracy` for multi-choice, `rouge_l` for free form.
-        score: From 0 to 1.
-        num_queries: How many were asked.
-        prefix_slots: Positions that every query attends to in place of the demonstrations.
-        prefix_bytes: Size of their keys and values.
-        milliseconds_per_query: Mean over the queries, options included.
-        prepare_milliseconds: Reading or distilling the demonstrations, once.
-    """
-
-    method: str
-    task: str
-    seed: int
-    metric: str
-    score: float
-    num_queries: int
-    prefix_slots: int
-    prefix_bytes: int
-    milliseconds_per_query: float
-    prepare_milliseconds: float
 
 
 def evaluate_methods(
@@ -61,7 +29,7 @@ def evaluate_methods(
     seeds: Sequence[int] = SEEDS,
     max_queries: int | None = None,
     batch_size: int = 8,
-    finished: Collection[tuple[str, str, int]] = (),
+    finished: Collection[ResultKey] = (),
 ) -> Iterator[TaskResult]:
     """Yield a result for every task, seed and method.
 
@@ -76,7 +44,7 @@ def evaluate_methods(
         seeds: One set of demonstrations each.
         max_queries: Ask only so many of a task, the same ones for every seed; None: all.
         batch_size: Queries read at once.
-        finished: (task, method, seed) to pass over.
+        finished: Keys of results to pass over.
 
     Raises:
         ConfigError: A number is impossible.
@@ -109,36 +77,33 @@ def evaluate_methods(
             shots = sample_demonstrations(train_tasks[task], num_demonstrations, seed)
             demonstrations = [Demonstration(shot.input, shot.output) for shot in shots]
             for name, method in methods.items():
-                if (task, name, seed) not in finished:
-                    yield _run(model, name, method, metrics[task], task, seed, demonstrations, queries, batch_size)
+                key = ResultKey(task, name, seed, num_demonstrations)
+                if key not in finished:
+                    yield _run(model, method, metrics[task], key, demonstrations, queries, batch_size)
 
 
 def _run(
     model: MendModel,
-    name: str,
     method: Method,
     metric: str,
-    task: str,
-    seed: int,
+    key: ResultKey,
     demonstrations: list[Demonstration],
     queries: list[Example],
     batch_size: int,
 ) -> TaskResult:
     start = _measure_time(model)
-    prefix = method(model, demonstrations)
+    reader = method(model, demonstrations)
     prepared = _measure_time(model)
     ask = _write if metric == "rouge_l" else _choose
-    predictions = ask(model, queries, prefix, batch_size)
+    predictions = ask(reader, queries, batch_size)
     done = _measure_time(model)
     return TaskResult(
-        method=name,
-        task=task,
-        seed=seed,
+        **key._asdict(),
         metric=metric,
         score=compute_metric(metric, predictions, [query.output for query in queries]),
         num_queries=len(queries),
-        prefix_slots=prefix.num_slots if prefix else 0,
-        prefix_bytes=prefix.num_bytes if prefix else 0,
+        prefix_slots=reader.num_slots,
+        prefix_bytes=reader.num_bytes,
         milliseconds_per_query=1000 * (done - prepared) / len(queries),
         prepare_milliseconds=1000 * (prepared - start),
     )
@@ -157,19 +122,11 @@ def _pick_metric(examples: Sequence[Example]) -> str:
     return "macro_f1" if len({frozenset(example.options) for example in examples}) == 1 else "accuracy"
 
 
-def _choose(model: MendModel, queries: Sequence[Example], prefix: Prefix | None, batch_size: int) -> list[str]:
-    scores = score_options(
-        model, [query.input for query in queries], [query.options for query in queries], prefix, batch_size=batch_size
-    )
+def _choose(reader: Reader, queries: Sequence[Example], batch_size: int) -> list[str]:
+    options = [query.options for query in queries]
+    scores = reader.score_options([query.input for query in queries], options, batch_size=batch_size)
     return [query.options[row.index(max(row))] for query, row in zip(queries, scores, strict=True)]
 
 
-def _write(model: MendModel, queries: Sequence[Example], prefix: Prefix | None, batch_size: int) -> list[str]:
-    texts = [query.input for query in queries]
-    answers = [""] * len(texts)
-    # Zero-shot is the bare base model, also where demonstrations are bound.
-    with model.disable_adapter() if prefix is None else nullcontext():
-        for rows in batch_by_length(model, texts, batch_size):
-            for row, answer in zip(rows, model.answer([texts[row] for row in rows], prefix), strict=True):
-                answers[row] = answer.split("\n")[0]
-    return answers
+def _write(reader: Reader, queries: Sequence[Example], batch_size: int) -> list[str]:
+    return reader.generate([query.input for query in queries], batch_size=batch_size)

@@ -1,32 +1,30 @@
-"""What stands in front of a query: one function a method, from demonstrations to a prefix."""
+"""What stands in front of a query: one function a method, from demonstrations to what reads the queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from mend_hf.demonstration_batch import DemonstrationBatch
-from mend_hf.demonstrations import Demonstration
 from mend_hf.errors import ConfigError
+from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.model import MendModel
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_slots, pack_right
 from mend_hf.prompt_encoder import PromptEncoder
 
-Demonstrations = Sequence[Demonstration]
-Method = Callable[[MendModel, Demonstrations], Prefix | None]
 
-
-def zero_shot(model: MendModel, demonstrations: Demonstrations) -> None:
+def zero_shot(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """Nothing: the base model sees the query alone."""
+    return Reader(model)
 
 
-def in_context(model: MendModel, demonstrations: Demonstrations) -> Prefix:
+def in_context(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """The demonstrations' text, read by the bare base model (vanilla ICL), its keys and values kept."""
-    return model.route.prepare(model.read(list(demonstrations)).prefix)
+    return _read_behind(model, model.read(list(demonstrations)).prefix)
 
 
-def in_context_cut(model: MendModel, demonstrations: Demonstrations) -> Prefix:
+def in_context_cut(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """Vanilla ICL with as many of the demonstrations as have no more tokens than the distilled prefix has slots.
 
     At least one demonstration is kept.
@@ -44,7 +42,7 @@ def _count_tokens(model: MendModel, demonstrations: Demonstrations) -> int:
     return task.num_tokens + task.num_lost_tokens
 
 
-def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> KeyValuePrefix:
+def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """The bare base model's keys and values at the first token and at the answers' own tokens."""
     config = model.mend_config.without_chunks(anchor_tokens="answers")
     prompt = PromptEncoder(model.tokenizer, config)
@@ -59,20 +57,21 @@ def training_free_anchors(model: MendModel, demonstrations: Demonstrations) -> K
     keep = batch.anchor_mask.clone()
     keep[:, 0] = True
     index, mask = pack_right(keep)
-    return KeyValuePrefix(
+    anchors = KeyValuePrefix(
         tuple(gather_slots(keys, index) for keys in text.keys),
         tuple(gather_slots(values, index) for values in text.values),
         mask,
         text.next_positions,
     )
+    return _read_behind(model, anchors)
 
 
-def mend(model: MendModel, demonstrations: Demonstrations) -> Prefix:
+def mend(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """The model's distiller."""
-    return model.route.prepare(model.distill(list(demonstrations)).prefix)
+    return _read_behind(model, model.distill(list(demonstrations)).prefix)
 
 
-def random_prefix(model: MendModel, demonstrations: Demonstrations) -> Prefix:
+def random_prefix(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """A prefix of the distilled one's size that says nothing about the task; the same for the same demonstrations.
 
     Vectors are drawn with the mean and spread of the distilled ones, keys and values so layer by layer and head by
@@ -82,13 +81,18 @@ def random_prefix(model: MendModel, demonstrations: Demonstrations) -> Prefix:
     generator = torch.Generator().manual_seed(0)
     if isinstance(distilled, EmbeddingPrefix):
         drawn = _draw_like(distilled.vectors[:, None], generator, first=0)[:, 0]
-        return model.route.prepare(EmbeddingPrefix(drawn, distilled.mask))
-    return KeyValuePrefix(
+        return _read_behind(model, EmbeddingPrefix(drawn, distilled.mask))
+    noise = KeyValuePrefix(
         tuple(_draw_like(keys, generator, first=1) for keys in distilled.keys),
         tuple(_draw_like(values, generator, first=1) for values in distilled.values),
         distilled.mask,
         distilled.next_positions,
     )
+    return _read_behind(model, noise)
+
+
+def _read_behind(model: MendModel, prefix: Prefix) -> Reader:
+    return Reader(model, model.route.prepare(prefix))
 
 
 def _draw_like(states: torch.Tensor, generator: torch.Generator, first: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from statistics import fmean, pstdev
 from rich import box
 from rich.table import Table
 
-from mend_hf.evaluation.evaluator import TaskResult
+from mend_hf.evaluation.results import TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
