@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,23 @@ def report_failed_save(output_dir: str | Path, error: Exception) -> CheckpointEr
 def describe_rows(rows: Any) -> dict[str, Any] | None:
     """Return by what training rows are known again: their number and a hash of the first, a middle and the last.
 
-    None for rows that are not numbered; no hash for rows that are not plain values, or not the same twice.
+    Of a stream, which has to be read to know more, the first row alone is hashed. None for rows that are not numbered;
+    no hash for rows that are not plain values, or not the same twice.
     """
-    if rows is None or isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") or not len(rows):
+    if rows is None or not hasattr(rows, "__len__") or not len(rows):
         return None
-    places = (0, len(rows) // 2, len(rows) - 1)
     try:
-        first, second = (json.dumps([rows[place] for place in places], sort_keys=True) for _ in range(2))
+        first, second = (json.dumps(_pick_rows(rows), sort_keys=True) for _ in range(2))
     except TypeError:
         first, second = "", "not plain values"
     digest = hashlib.sha256(first.encode()).hexdigest() if first == second else None
     return {"num_rows": len(rows), "sha256": digest}
+
+
+def _pick_rows(rows: Any) -> list[Any]:
+    if isinstance(rows, IterableDataset):
+        return list(islice(rows, 1))
+    return [rows[place] for place in (0, len(rows) // 2, len(rows) - 1)]
 
 
 def check_unused(output_dir: str | Path) -> None:

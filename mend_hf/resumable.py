@@ -42,6 +42,7 @@ class ResumableTrainer(Trainer):
     """
 
     _staging: Path | None = None  # where a checkpoint is written while it is not whole
+    _rows: dict[str, Any] | None = None  # by what the training's rows are known again
 
     def __init__(self, model: nn.Module, args: TrainingArguments, **kwargs: Any) -> None:
         check_output_folder(args.output_dir)
@@ -56,7 +57,7 @@ class ResumableTrainer(Trainer):
         return {
             "arguments": self.args.to_dict(),
             "num_processes": self.args.world_size,
-            "training_rows": describe_rows(self.train_dataset),
+            "training_rows": self._rows,
         }
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -81,6 +82,7 @@ class ResumableTrainer(Trainer):
                     f"Expected a checkpoint to go on from in {self.args.output_dir}, got none: start without "
                     "resume_from_checkpoint, or name the checkpoint's folder."
                 )
+        self._rows = describe_rows(self.train_dataset)
         if checkpoint:
             check_resumed(str(checkpoint), self._describe_run(), self._mend_config())
         elif self.state.global_step == 0:  # this trainer's own checkpoints it may write anew

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mend_hf import MendConfig, MendTrainer, MendTrainingArguments, get_mend_model, objective
 from mend_hf.checkpoints import describe_rows
+from mend_hf.data.streaming import StreamingTextDataset
 from mend_hf.errors import CheckpointError, TrainingError
 
 SCRIPT = Path(__file__).parent / "train_and_die.py"
@@ -202,6 +203,16 @@ def test_a_new_training_does_not_mix_its_checkpoints_with_another_ones(make_trai
 @pytest.mark.parametrize("other", [ROWS[:6], [*ROWS[:-1], ROWS[0]]], ids=["fewer rows", "another last row"])
 def test_going_on_with_other_rows_is_refused(make_trainer, other):
     make_trainer().train()
+    with pytest.raises(CheckpointError, match="- training_rows: the checkpoint has"):
+        make_trainer(rows=other).train(resume_from_checkpoint=True)
+
+
+def test_going_on_with_a_stream_of_other_texts_is_refused(make_trainer, tokenizer):
+    def read_stream(*texts):
+        return StreamingTextDataset(texts, tokenizer=tokenizer, min_tokens=4, num_rows=8, seed=1)
+
+    make_trainer(rows=read_stream("great film was good", "very funny was bad")).train()
+    other = read_stream("great film was bad", "very funny was good")
     with pytest.raises(CheckpointError, match="- training_rows: the checkpoint has"):
         make_trainer(rows=other).train(resume_from_checkpoint=True)
 
