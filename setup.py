@@ -33,7 +33,7 @@ EXTRAS = {
 EXTRAS["eval"] = ["evaluate", "scikit-learn", *EXTRAS["data"]]
 EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]
 EXTRAS["dev"] = sorted(
-    {"pytest", "ruff", "mypy", "pre-commit", *(name for names in EXTRAS.values() for name in names)}
+    {"hypothesis", "pytest", "ruff", "mypy", "pre-commit", *(name for names in EXTRAS.values() for name in names)}
 )
 
 setup(

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import PushToHubMixin
 
 from mend_hf import __version__
 from mend_hf.demonstrations import name_demonstration, parse_demonstrations
 from mend_hf.errors import CheckpointError, DataError
-from mend_hf.files import fetch_file, read_json, read_tensors, write_folder, write_json
+from mend_hf.files import write_folder
 from mend_hf.pooling import pool_anchors
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, join_tasks, stack_rows
 from mend_hf.provenance import ChunkRecord, Provenance, provenance_from_record
+from mend_hf.saved_pair import Headers, TensorHeader, check_version, read_pair, write_pair
 
 WEIGHTS_NAME = "distilled_demonstrations.safetensors"
 RECORD_NAME = "distilled_demonstrations.json"
@@ -193,10 +193,8 @@ class DistilledDemonstrations(PushToHubMixin):
             "prefix_form": self.prefix_form,
             "provenance": dataclasses.asdict(self.provenance),
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
         with write_folder(save_directory) as folder:
-            save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-            write_json(folder / RECORD_NAME, record)
+            write_pair(folder, RECORD_NAME, record, WEIGHTS_NAME, self._tensors())
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> DistilledDemonstrations:
@@ -209,25 +207,22 @@ class DistilledDemonstrations(PushToHubMixin):
         Raises:
             CheckpointError: Files are missing, damaged, or of a newer format.
         """
-        record = read_json(fetch_file(name_or_path, RECORD_NAME, **hub))
-        version = record.get("format_version")
-        if version not in (1, FORMAT_VERSION):
-            raise CheckpointError(
-                f"Expected format_version 1 or {FORMAT_VERSION} in {RECORD_NAME}, got {version!r}: upgrade mend_hf."
-            )
-        tensors = read_tensors(fetch_file(name_or_path, WEIGHTS_NAME, **hub))
+        record, tensors = read_pair(name_or_path, RECORD_NAME, WEIGHTS_NAME, _check_record, **hub)
         try:
-            provenance = provenance_from_record(record["provenance"], version)
+            provenance = provenance_from_record(record["provenance"], record["format_version"])
             chunks = _prefix_from_tensors(tensors, record["prefix_form"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            num_chunks = sum(len(task) for task in provenance.chunks)
+            places = _describe_misplaced(chunks)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"Expected the entries that save_pretrained writes in {name_or_path}, got a problem with {error}: "
                 "the files are damaged or do not belong together, save them again."
             ) from error
-        if len(chunks) != sum(len(task) for task in provenance.chunks) or not all(provenance.chunks):
+        if len(chunks) != num_chunks or not all(provenance.chunks) or places:
             raise CheckpointError(
-                f"Expected tensors for the chunks that {RECORD_NAME} lists, got {len(chunks)} rows: the files in "
-                f"{name_or_path} do not belong together, save them again."
+                f"Expected tensors for the {num_chunks} chunks that {RECORD_NAME} lists, got "
+                f"{places or f'{len(chunks)} rows'}: the files in {name_or_path} do not belong together, save them "
+                "again."
             )
         return cls(chunks, provenance)
 
@@ -290,6 +285,47 @@ def _places_to_keep(chunks: list[ChunkRecord], names: list[str], row: int) -> li
     if not kept:
         raise DataError(f"Expected some demonstrations of task {row} to stay, got all of them: answer without any.")
     return kept[::-1]
+
+
+def _check_record(record: dict[str, Any], headers: Headers) -> None:
+    """Refuse a format that is not read here, and tensors that are no prefix."""
+    check_version(record, FORMAT_VERSION, RECORD_NAME)
+    form = record.get("prefix_form")
+    mask = headers["mask"].shape if "mask" in headers else ()
+    num_rows, num_slots = mask if len(mask) == 2 else (0, 0)
+    expected: dict[str, tuple[int, ...]] = {"mask": (num_rows, num_slots)}
+    states: list[str] = ["vectors"]
+    if form == "kv":
+        num_layers = sum(name.startswith("keys.") for name in headers)
+        states = [f"{kind}.{layer}" for kind in ("keys", "values") for layer in range(num_layers)]
+        expected["next_positions"] = (num_rows,)
+        expected |= {"anchor_labels": (num_rows, num_slots)} if "anchor_labels" in headers else {}
+    shapes = {name: header.shape for name, header in headers.items() if name not in states}
+    problems = [
+        f"{name} of shape {shapes.get(name)}"
+        for name in {*shapes, *expected}
+        if shapes.get(name) != expected.get(name)
+    ]
+    for name in states:
+        header = headers.get(name, TensorHeader("", ()))
+        fits = header.shape[:1] == (num_rows,) and header.shape[-2:-1] == (num_slots,)
+        if not (header.is_floating_point and len(header.shape) == (4 if form == "kv" else 3) and fits):
+            problems.append(f"{name} of type {header.dtype or None} and shape {header.shape}")
+    if form not in ("kv", "embeds") or not num_rows or not states or problems:
+        found = ", ".join(sorted(problems)[:4]) or f"{num_rows} rows"
+        raise CheckpointError(
+            f"Expected the tensors of a prefix of the form {form!r} in {WEIGHTS_NAME}, got {found}: the file is "
+            "damaged or belongs to another one, save or fetch the whole folder again."
+        )
+
+
+def _describe_misplaced(chunks: Prefix) -> str:
+    """Say what of a prefix's mask and positions cannot be, or nothing."""
+    if bool((chunks.mask[:, 1:] < chunks.mask[:, :-1]).any()):
+        return "unused slots between those that count"
+    if isinstance(chunks, KeyValuePrefix) and bool((chunks.next_positions < 0).any()):
+        return "positions below 0"
+    return ""
 
 
 def _prefix_from_tensors(tensors: dict[str, Tensor], prefix_form: str) -> Prefix:

@@ -12,9 +12,11 @@ from typing import Any, Literal
 from mend_hf import __version__
 from mend_hf.architectures import TaskType
 from mend_hf.errors import ConfigError
-from mend_hf.files import fetch_file, read_json, write_folder, write_json
+from mend_hf.files import fetch_json, write_folder, write_json
+from mend_hf.saved_pair import HASH_NAME, VERSION_NAME, check_version
 
 CONFIG_NAME = "mend_config.json"
+FORMAT_VERSION = 1
 PLAIN_FIELDS = ("input_prefix", "output_prefix", "answer_prefix", "demonstration_separator")
 
 
@@ -129,7 +131,7 @@ class MendConfig:
     def from_dict(cls, values: dict[str, Any]) -> MendConfig:
         """Build a config from JSON values; keys that this version does not know are dropped with a warning."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - known - {HASH_NAME, VERSION_NAME})
         if unknown:
             warnings.warn(
                 f"MendConfig does not know {', '.join(unknown)} and ignores it: a newer mend_hf may have written it "
@@ -141,7 +143,7 @@ class MendConfig:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `mend_config.json` into a folder, which is made if need be."""
         with write_folder(save_directory) as folder:
-            write_json(folder / CONFIG_NAME, self.to_dict() | {"mend_version": __version__})
+            write_json(folder / CONFIG_NAME, self.to_record())
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> MendConfig:
@@ -152,10 +154,20 @@ class MendConfig:
             **hub: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only` ... as in transformers.
 
         Raises:
-            CheckpointError: There is no readable `mend_config.json`.
+            CheckpointError: There is no readable `mend_config.json`, or a newer mend_hf wrote it.
             ConfigError: The file holds impossible values.
         """
-        return cls.from_dict(read_json(fetch_file(name_or_path, CONFIG_NAME, **hub)))
+        return cls.from_record(fetch_json(name_or_path, CONFIG_NAME, **hub))
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what `mend_config.json` holds."""
+        return self.to_dict() | {"mend_version": __version__, VERSION_NAME: FORMAT_VERSION}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> MendConfig:
+        """Build a config from what `mend_config.json` holds; errors as in `from_pretrained`."""
+        check_version(record, FORMAT_VERSION, CONFIG_NAME, oldest=1)
+        return cls.from_dict(record)
 
 
 def _type_problems(config: MendConfig) -> list[str]:

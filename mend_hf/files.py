@@ -1,4 +1,9 @@
-"""Folders of saved things: fetched from a path or the Hub, read with clear errors, written whole or not at all."""
+"""Folders of saved things: fetched from a path or the Hub, read with clear errors, written whole or not at all.
+
+What is saved into a folder is first collected in a hidden one inside it. Given its final name, `.saved`, that folder
+counts from then on: its files are moved to their places, and where a killed process did not come to that, readers take
+them from where they are, and the next save moves them.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers.utils import cached_file
 
 from mend_hf.errors import CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _TEMPORARY_PREFIX = ".saving-"
+_SAVED_NAME = ".saved"
 _LEFTOVER_SECONDS = 24 * 3600.0
 
 
@@ -34,12 +42,30 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
     Raises:
         CheckpointError: There is no such folder, repository or file.
     """
+    saved = Path(name_or_path, str(hub.get("subfolder") or ""), _SAVED_NAME, filename)
+    if saved.is_file():
+        return saved
     try:
         return Path(cached_file(str(name_or_path), filename, **hub))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # huggingface_hub's own for a name that cannot be
         raise CheckpointError(
             f"Expected a folder or a Hub repository with {filename}, got {str(name_or_path)!r}: {error}"
         ) from error
+
+
+def fetch_json(name_or_path: str | Path, filename: str, **hub: Any) -> dict[str, Any]:
+    """Return the JSON object in a file of a folder or a Hub repository; arguments as in `fetch_file`.
+
+    Raises:
+        CheckpointError: There is no such file, or it holds something else.
+    """
+    while True:
+        path = fetch_file(name_or_path, filename, **hub)
+        try:
+            return read_json(path)
+        except FileNotFoundError:  # moved to its place between two looks
+            if not path.parent.name == _SAVED_NAME:
+                raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,31 +75,33 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = parse_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"Expected JSON in {path}, got {error}: the file is damaged, fetch it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"Expected a JSON object in {path}, got {type(values).__name__}: fetch the file again.")
     return values
 
 
+def parse_json(text: bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: It is none, or an object has a key twice, of which readers could take either.
+    """
+    return json.loads(text, object_pairs_hook=_make_object)
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a key twice among {', '.join(sorted(name for name, _ in pairs)[:8])}")
+    return values
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON object, one key a line, sorted."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: The file is no safetensors file, or is cut off.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"Expected a whole safetensors file at {path}, got {error}: the file is damaged, fetch it again."
-        ) from error
 
 
 def check_output_folder(folder: str | Path) -> Path:
@@ -110,7 +138,8 @@ def flush_to_disk(*paths: Path) -> None:
 def write_folder(save_directory: str | Path) -> Iterator[Path]:
     """Collect files in a temporary folder and move them into `save_directory` once all are written.
 
-    An error inside the block leaves `save_directory` as it was. Other files there are kept.
+    An error inside the block leaves `save_directory` as it was, and a process that is killed leaves either the old
+    files or the new ones. Other files there are kept. Of two processes that save at once, one waits for the other.
 
     Yields:
         The temporary folder.
@@ -122,16 +151,41 @@ def write_folder(save_directory: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder))
     try:
         yield temporary
-        written = sorted(temporary.iterdir())
-        flush_to_disk(*written)
-        for path in written:
-            os.replace(path, folder / path.name)
-        flush_to_disk(folder)
+        flush_to_disk(*temporary.iterdir(), temporary)
+        with _lock(folder):
+            _move_saved(folder)
+            os.replace(temporary, folder / _SAVED_NAME)
+            flush_to_disk(folder)
+            _move_saved(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new:
             with suppress(OSError):  # not empty: all went well
                 folder.rmdir()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time move files into a folder, where the system can lock one."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl and descriptor is not None:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _move_saved(folder: Path) -> None:
+    """Move files that count already to their places."""
+    saved = folder / _SAVED_NAME
+    if saved.is_dir():
+        for path in sorted(saved.iterdir()):
+            os.replace(path, folder / path.name)
+        flush_to_disk(folder)
+        saved.rmdir()
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mend_hf import __version__
 from mend_hf.config import CONFIG_NAME, MendConfig
 from mend_hf.errors import CheckpointError
-from mend_hf.files import fetch_file, read_tensors, write_folder, write_json
+from mend_hf.files import write_folder
+from mend_hf.saved_pair import Headers, read_pair, write_pair
 
 WEIGHTS_NAME = "mend_model.safetensors"
 CARD_NAME = "README.md"
@@ -29,20 +28,50 @@ def save_distiller(save_directory: str | Path, config: MendConfig, tensors: Mapp
         tensors: What was trained, by name.
     """
     with write_folder(save_directory) as folder:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        write_json(folder / CONFIG_NAME, config.to_dict() | {"mend_version": __version__})
+        write_pair(folder, CONFIG_NAME, config.to_record(), WEIGHTS_NAME, tensors)
         if not (Path(save_directory) / CARD_NAME).exists():
             make_card(config).save(folder / CARD_NAME)
 
 
-def load_distiller_tensors(name_or_path: str | Path, **hub: Any) -> dict[str, Tensor]:
-    """Return the trained tensors in a distiller's folder or Hub repository.
+def load_distiller(
+    name_or_path: str | Path, check: Callable[[MendConfig], None], **hub: Any
+) -> tuple[MendConfig, dict[str, Tensor]]:
+    """Return the config and the trained tensors in a distiller's folder or Hub repository.
+
+    Args:
+        name_or_path: A folder that `save_distiller` wrote, or a Hub id.
+        check: Gets the config before the tensors are read; raises what refuses it.
+        **hub: As in `fetch_file`.
 
     Raises:
-        CheckpointError: They are missing or damaged.
+        CheckpointError: They are missing or damaged, or do not belong together.
     """
-    return read_tensors(fetch_file(name_or_path, WEIGHTS_NAME, **hub))
+
+    def check_all(record: dict[str, Any], headers: Headers) -> None:
+        config = MendConfig.from_record(record)
+        check(config)
+        _check_sizes(config, headers, name_or_path)
+
+    record, tensors = read_pair(name_or_path, CONFIG_NAME, WEIGHTS_NAME, check_all, **hub)
+    return MendConfig.from_record(record), tensors
+
+
+def _check_sizes(config: MendConfig, headers: Headers, name_or_path: str | Path) -> None:
+    """Refuse tensors of other sizes than the config asks for, as far as it tells them without the base model."""
+    problems = [
+        f"{name}: expected a floating-point type, got {header.dtype}"
+        for name, header in headers.items()
+        if not header.is_floating_point
+    ]
+    sizes = [("placeholders", 0, config.num_virtual_tokens)]
+    sizes += [(name, 0, config.lora_r) for name in headers if name.endswith(".lora_A.weight")]
+    sizes += [(name, 1, config.lora_r) for name in headers if name.endswith(".lora_B.weight")]
+    for name, axis, size in sizes:
+        shape = headers[name].shape if name in headers else ()
+        if len(shape) != 2 or shape[axis] != size:
+            expected = "(n, {})" if axis else "({}, n)"
+            problems.append(f"{name}: expected shape {expected.format(size)}, got {shape}")
+    _refuse(problems, len(headers), name_or_path)
 
 
 def check_tensor_names(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], name_or_path: str | Path) -> None:
@@ -58,10 +87,14 @@ def check_tensor_names(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
         for name in expected
         if name in got and expected[name].shape != got[name].shape
     ]
+    _refuse(problems, len(expected), name_or_path)
+
+
+def _refuse(problems: list[str], num_tensors: int, name_or_path: str | Path) -> None:
     if problems:
         shown = "\n".join(f"- {line}" for line in problems[:8])
         raise CheckpointError(
-            f"Expected the {len(expected)} tensors that {CONFIG_NAME} asks for in {name_or_path}, got differences:\n"
+            f"Expected the {num_tensors} tensors that {CONFIG_NAME} asks for in {name_or_path}, got differences:\n"
             f"{shown}"
             f"{'' if len(problems) <= 8 else f' (and {len(problems) - 8} more)'}\n"
             "The config and the weights do not belong together: save or fetch the whole folder again."

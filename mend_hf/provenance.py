@@ -132,7 +132,25 @@ def provenance_from_record(values: dict[str, Any], format_version: int) -> Prove
         )
     chunks = [[ChunkRecord(**chunk) for chunk in task] for task in values["chunks"]]
     values = values | {"prompt_format": {"prompt_format": "plain"} | values["prompt_format"]}  # older files lack it
-    return Provenance(**{key: value for key, value in values.items() if key in known} | {"chunks": chunks})
+    provenance = Provenance(**{key: value for key, value in values.items() if key in known} | {"chunks": chunks})
+    _check_types(provenance)
+    return provenance
+
+
+def _check_types(provenance: Provenance) -> None:
+    """Refuse entries of other types; a file may have been edited or damaged."""
+    mappings = (provenance.base_model_fingerprint, provenance.prompt_format)
+    texts = (provenance.base_model_name_or_path, provenance.distiller_name_or_path, provenance.distiller_hash)
+    records = [chunk for task in provenance.chunks for chunk in task]
+    fits = all(isinstance(value, dict) for value in mappings)
+    fits &= all(isinstance(value, str | None) for value in (*texts, *provenance.prompt_format.values()))
+    fits &= isinstance(provenance.max_slots, int | None) and provenance.anchor_pooling in ("label", "similarity")
+    fits &= isinstance(provenance.overflow, str)
+    fits &= all(type(number) is int for chunk in records for number in (chunk.num_tokens, chunk.num_lost_tokens))
+    fits &= all(isinstance(name, str) for chunk in records for name in chunk.demonstrations)
+    fits &= all(isinstance(chunk.demonstrations, list) for chunk in records)
+    if not fits:
+        raise ValueError("an entry of another type")
 
 
 def _upgrade_record(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mend_hf.distiller import DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.guards import check_gradients, check_vocabulary
-from mend_hf.hub import check_tensor_names, load_distiller_tensors, save_distiller
+from mend_hf.hub import check_tensor_names, load_distiller, save_distiller
 from mend_hf.prompt_encoder import PromptEncoder, find_tokenizer
 from mend_hf.sharding import copy_whole
 
@@ -155,11 +155,14 @@ class WrappedModel(PushToHubMixin, nn.Module):
         Raises:
             CheckpointError: Files are missing or damaged, or belong to another base model.
         """
-        saved = MendConfig.from_pretrained(name_or_path, **hub)
+        own = get_fingerprint(base_model, tokenizer)
+        saved, tensors = load_distiller(
+            name_or_path, lambda found: check_fingerprint(found.base_model_fingerprint, own, "The distiller"), **hub
+        )
         config = dataclasses.replace(config or saved, base_model_fingerprint=saved.base_model_fingerprint)
         model = cls(base_model, config, tokenizer)
         try:
-            model.load_distiller(name_or_path, **hub)
+            model._take(tensors, name_or_path)
         except CheckpointError:
             model.unload()
             raise
@@ -167,7 +170,16 @@ class WrappedModel(PushToHubMixin, nn.Module):
 
     def load_distiller(self, name_or_path: str | Path, **hub: Any) -> None:
         """Replace the distiller's tensors by saved ones of the same shapes."""
-        self.load_state_dict(load_distiller_tensors(name_or_path, **hub))
+        own = self.mend_config.base_model_fingerprint or {}
+        _, tensors = load_distiller(
+            name_or_path, lambda found: check_fingerprint(found.base_model_fingerprint, own, "The distiller"), **hub
+        )
+        self._take(tensors, name_or_path)
+
+    def _take(self, tensors: dict[str, Tensor], name_or_path: str | Path) -> None:
+        trained = dict(self.distiller.trained_tensors())
+        check_tensor_names(trained, tensors, name_or_path)
+        self.load_state_dict(tensors)
         self._source = str(name_or_path)
 
     def state_dict(  # type: ignore[override]

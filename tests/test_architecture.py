@@ -23,6 +23,7 @@ MAX_LINES = 400
 LAYERS = (
     ("errors",),
     ("losses", "files", "architectures", "adapter_switch", "progress", "stopwatch"),
+    ("saved_pair",),
     ("config", "fingerprint", "sharding", "guards", "messages"),
     ("checkpoints", "curves", "demonstrations", "nonfinite", "passes", "prompt_format"),
     ("prompt_encoder",),
