@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from mend_hf.demonstrations import Demonstration
     from mend_hf.model import MendModel
     from mend_hf.pipeline import FewShotClassificationPipeline, FewShotTextGenerationPipeline, register_pipelines
+    from mend_hf.store import DemonstrationStore
     from mend_hf.trainer import MendTrainer
     from mend_hf.training_args import MendTrainingArguments
 
 _MODULE_OF = {
     "AutoMendModel": "auto",
     "Demonstration": "demonstrations",
+    "DemonstrationStore": "store",
     "DistilledDemonstrations": "artifact",
     "FewShotClassificationPipeline": "pipeline",
     "FewShotTextGenerationPipeline": "pipeline",
@@ -39,6 +41,7 @@ _MODULE_OF = {
 __all__ = [
     "AutoMendModel",
     "Demonstration",
+    "DemonstrationStore",
     "DistilledDemonstrations",
     "FewShotClassificationPipeline",
     "FewShotTextGenerationPipeline",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
@@ -25,6 +26,8 @@ from mend_hf.saved_pair import Headers, TensorHeader, check_version, read_pair, 
 WEIGHTS_NAME = "distilled_demonstrations.safetensors"
 RECORD_NAME = "distilled_demonstrations.json"
 FORMAT_VERSION = 2
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 class DistilledDemonstrations(PushToHubMixin):
@@ -106,6 +109,11 @@ class DistilledDemonstrations(PushToHubMixin):
         """Return the given tasks, in this order; a task may occur more than once."""
         first = [sum(len(task) for task in self.provenance.chunks[:row]) for row in range(len(self))]
         return self._pick([[*range(first[row], first[row] + len(self.provenance.chunks[row]))] for row in rows])
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> DistilledDemonstrations:
+        """Return these demonstrations on a device, in another floating-point type if one is named."""
+        chunks = self.chunks.to(torch.device(device), dtype or _dtype_of(self.chunks))
+        return DistilledDemonstrations(chunks, self.provenance)
 
     def join(self, other: DistilledDemonstrations) -> DistilledDemonstrations:
         """Return these demonstrations with others behind them, task by task; nothing is distilled again.
@@ -197,16 +205,21 @@ class DistilledDemonstrations(PushToHubMixin):
             write_pair(folder, RECORD_NAME, record, WEIGHTS_NAME, self._tensors())
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **hub: Any) -> DistilledDemonstrations:
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, name: str | None = None, **hub: Any
+    ) -> DistilledDemonstrations:
         """Load distilled demonstrations from a folder or a Hub repository; no distiller is needed.
 
         Args:
             name_or_path: A local folder, or a Hub id.
+            name: One of many in that place, each in a subfolder of its own as in a `DemonstrationStore`.
             **hub: `revision`, `token`, `cache_dir`, `subfolder` ... as in transformers.
 
         Raises:
             CheckpointError: Files are missing, damaged, or of a newer format.
         """
+        if name is not None:
+            hub["subfolder"] = "/".join(part for part in (hub.get("subfolder"), check_name(name)) if part)
         record, tensors = read_pair(name_or_path, RECORD_NAME, WEIGHTS_NAME, _check_record, **hub)
         try:
             provenance = provenance_from_record(record["provenance"], record["format_version"])
@@ -233,6 +246,20 @@ class DistilledDemonstrations(PushToHubMixin):
         layers |= {f"values.{i}": value for i, value in enumerate(self.chunks.values)}
         places = {"mask": self.chunks.mask, "next_positions": self.chunks.next_positions}
         return layers | places | {"anchor_labels": self.chunks.labels}
+
+
+def check_name(name: str) -> str:
+    """Return the name of one of many distilled demonstrations.
+
+    Raises:
+        DataError: It cannot be one.
+    """
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            "Expected a name of at most 128 letters, digits, '_', '-' and '.', with no '-' or '.' in front, got "
+            f"{name!r}: choose another one."
+        )
+    return name
 
 
 def join_demonstrations(parts: Sequence[DistilledDemonstrations]) -> DistilledDemonstrations:

@@ -42,15 +42,20 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
     Raises:
         CheckpointError: There is no such folder, repository or file.
     """
-    saved = Path(name_or_path, str(hub.get("subfolder") or ""), _SAVED_NAME, filename)
-    if saved.is_file():
-        return saved
+    local = find_file(Path(name_or_path, str(hub.get("subfolder") or "")), filename)
+    if local is not None:
+        return local
     try:
         return Path(cached_file(str(name_or_path), filename, **hub))
     except (OSError, ValueError) as error:  # huggingface_hub's own for a name that cannot be
         raise CheckpointError(
             f"Expected a folder or a Hub repository with {filename}, got {str(name_or_path)!r}: {error}"
         ) from error
+
+
+def find_file(folder: Path, filename: str) -> Path | None:
+    """Return where a file of a local folder is; None: nowhere."""
+    return next((path for path in (folder / _SAVED_NAME / filename, folder / filename) if path.is_file()), None)
 
 
 def fetch_json(name_or_path: str | Path, filename: str, **hub: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ LAYERS = (
     ("caches", "pooling", "projection", "recompute"),
     ("distiller", "routes/"),
     ("artifact",),
-    ("hub", "binding"),
+    ("hub", "binding", "store"),
     ("wrapper",),
     ("data/", "model"),
     ("auto", "teacher_cache", "training_args"),

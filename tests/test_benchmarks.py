@@ -1,4 +1,4 @@
-"""The benchmarks of training run with tiny weights and end with the line that they promise."""
+"""The benchmarks run with tiny weights and end with the line that they promise."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ def test_a_sweep_goes_on_where_it_was_stopped(run, tmp_path: Path) -> None:
     assert len(kept) == 3
     assert run("sweep.py", *words) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == kept
+
+
+def test_a_store_is_asked_for_tasks_in_memory_and_on_disk(run) -> None:
+    result = run("store.py")
+    assert list(result) == ["warm_p99_ms", "cold_p99_ms", "growth_mb"]
+    assert 0 < result["warm_p99_ms"] < result["cold_p99_ms"]
