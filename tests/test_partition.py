@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mend_hf.data.partition import Partition, check_disjoint, hold_out_tasks, load_partition
+from mend_hf.data.partition import Partition, check_disjoint, hold_out_tasks, list_partitions, load_partition
 from mend_hf.errors import ConfigError, DataError
 
 
@@ -29,6 +29,29 @@ def test_a_bad_partition_is_refused(tmp_path: Path, content: str, message: str) 
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         load_partition(path)
+
+
+def test_the_seven_settings_come_with_the_package_and_share_no_task_between_their_sides() -> None:
+    names = list_partitions()
+    assert names == [
+        "class_to_class", "hr_to_lr", "non_class_to_class", "non_nli_to_nli", "non_paraphrase_to_paraphrase",
+        "non_qa_to_qa", "qa_to_qa",
+    ]  # fmt: skip
+    sizes = [(len(sides.train), len(sides.test)) for sides in map(load_partition, names)]  # loading checks the rest
+    assert sizes == [(70, 18), (91, 26), (66, 18), (86, 6), (89, 4), (80, 14), (31, 14)]
+    # Settings with the same target have the same test tasks; a substring of a name is another task.
+    assert load_partition("class_to_class").test == load_partition("non_class_to_class").test
+    assert load_partition("qa_to_qa").test == load_partition("non_qa_to_qa").test
+
+
+def test_an_unknown_setting_is_refused_and_the_known_are_named() -> None:
+    with pytest.raises(DataError, match=r"class_to_class, hr_to_lr, .* or a JSON file, got 'class_to_clas'"):
+        load_partition("class_to_clas")
+
+
+def test_a_task_named_twice_is_refused() -> None:
+    with pytest.raises(DataError, match="Expected every task once, got b twice"):
+        Partition(("a",), ("b", "c", "b"))
 
 
 def test_tasks_on_two_of_three_sides_are_named() -> None:

@@ -17,7 +17,11 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Tasks in MetaICL's format, with train and test sides.")],
     output_dir: Annotated[Path, typer.Option(help="Folder for results; a run that was stopped goes on from there.")],
     partition: Annotated[
-        Path | None, typer.Option(help='JSON {"train": [...], "test": [...]}: only its test tasks are used.')
+        str | None,
+        typer.Option(
+            help='One of MetaICL\'s settings, such as class_to_class, or a JSON file {"train": [...], "test": [...]}: '
+            "only its test tasks are used."
+        ),
     ] = None,
     only: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")] = None,
     distiller: Distiller = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -153,7 +152,11 @@ def finetune(
     tasks: Annotated[str, typer.Option(help="Tasks in MetaICL's format: a folder, a file, or a Hub id.")],
     output_dir: OutputFolder,
     partition: Annotated[
-        Path | None, typer.Option(help='JSON {"train": [...], "test": [...]}: only its training tasks are used.')
+        str | None,
+        typer.Option(
+            help='One of MetaICL\'s settings, such as class_to_class, or a JSON file {"train": [...], "test": [...]}: '
+            "only its training tasks are used."
+        ),
     ] = None,
     base_model: BaseModel = None,
     base_model_id: BaseModelId = None,
@@ -273,7 +276,7 @@ def finetune(
 
 
 def _load_sides(
-    source: str, partition: Path | None, eval_source: str | None, num_eval_tasks: int, seed: int
+    source: str, partition: str | None, eval_source: str | None, num_eval_tasks: int, seed: int
 ) -> tuple[Tasks, Tasks]:
     """Return the tasks to train on, and those to measure the loss on: neither a test task nor one of the first."""
     from mend_hf.data.metaicl import load_tasks

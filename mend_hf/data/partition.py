@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from mend_hf.data.rows import is_list_of_text
 from mend_hf.errors import ConfigError, DataError
+from mend_hf.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,41 @@ class Partition:
         test: Names of the test tasks, none of them in `train`.
 
     Raises:
-        DataError: A task is on both sides.
+        DataError: A task is on both sides, or twice on one: it would count twice in a mean.
     """
 
     train: tuple[str, ...]
     test: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Keep test tasks out of training."""
+        """Keep test tasks out of training, and every task from counting twice."""
         check_disjoint(training=self.train, test=self.test)
+        for side in (self.train, self.test):
+            if repeated := sorted({task for task in side if side.count(task) > 1}):
+                raise DataError(f"Expected every task once, got {', '.join(repeated)} twice: remove one of each.")
 
 
-def load_partition(path: str | Path) -> Partition:
-    """Return the partition in a JSON file `{"train": [...], "test": [...]}`; other keys are passed over.
+def load_partition(name_or_path: str | Path) -> Partition:
+    """Return a partition that comes with this package, or the one in a JSON file.
+
+    Args:
+        name_or_path: One of `list_partitions()`, or a file `{"train": [...], "test": [...]}`, of which other keys are
+            passed over.
 
     Raises:
-        DataError: The file is missing or of another form, or a task is on both sides.
+        DataError: There is no such name or file, the file is of another form, or a task is on both sides.
     """
+    known = list_partitions()
+    path: Any = files("mend_hf") / "data" / "partitions" / f"{name_or_path}.json"
+    if name_or_path not in known:
+        path = Path(name_or_path)
+        if not path.exists():
+            raise DataError(
+                f"Expected the name of a partition ({', '.join(known)}) or a JSON file, got {str(name_or_path)!r}: "
+                "check the name or the path."
+            )
     try:
-        sides = json.loads(Path(path).read_text(encoding="utf-8"))
+        sides = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
             f"Expected a JSON partition file at {path}, got {error}: check the path and the file."
@@ -48,6 +66,12 @@ def load_partition(path: str | Path) -> Partition:
     if not isinstance(sides, dict) or not all(is_list_of_text(sides.get(side)) for side in ("train", "test")):
         raise DataError(f'Expected {{"train": [...], "test": [...]}} in {path}, got something else: write both lists.')
     return Partition(tuple(sides["train"]), tuple(sides["test"]))
+
+
+def list_partitions() -> list[str]:
+    """Return the names of MetaICL's seven settings (Min et al., 2022), as far as their tasks are to be had today."""
+    folder = files("mend_hf") / "data" / "partitions"
+    return sorted(path.name.removesuffix(".json") for path in folder.iterdir() if path.name.endswith(".json"))
 
 
 def check_disjoint(**sides: Iterable[str]) -> None:
