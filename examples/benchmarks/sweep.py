@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=str(EXAMPLES / "data"), help="tasks in MetaICL's format")
-    parser.add_argument("--partition", type=Path, help="its training tasks alone are used, to train and to judge")
+    parser.add_argument("--partition", help="its training tasks alone are used, to train and to judge")
     parser.add_argument("--num-eval-tasks", type=int, default=8, help="training tasks to judge by")
     parser.add_argument("--max-words", type=int, default=30, help="leave out tasks with longer inputs on average")
     parser.add_argument("--num-demonstrations", type=int, default=8)
