@@ -54,3 +54,9 @@ def test_a_store_is_asked_for_tasks_in_memory_and_on_disk(run) -> None:
     result = run("store.py")
     assert list(result) == ["warm_p99_ms", "cold_p99_ms", "growth_mb"]
     assert 0 < result["warm_p99_ms"] < result["cold_p99_ms"]
+
+
+def test_options_are_chosen_as_by_reading_all_again_for_each(run) -> None:
+    result = run("evaluation.py", "--num-queries", 6, "--num-demonstrations", 4, "--num-rounds", 1)
+    assert list(result) == ["evaluation_speedup", "prediction_mismatches"]
+    assert result["prediction_mismatches"] == 0
