@@ -13,7 +13,7 @@ from mend_hf.errors import ConfigError, DataError, MissingExtraError
 from mend_hf.evaluation.evaluator import evaluate_methods
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.metrics import compute_metric
-from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown, to_table
+from mend_hf.evaluation.report import method_rows, split_methods, summarise, task_rows, to_markdown, to_table
 from mend_hf.evaluation.results import ResultKey, TaskResult
 
 OPTIONS = ("positive", "negative")
@@ -231,7 +231,9 @@ def test_summaries_average_seeds_then_tasks_and_name_the_worst_seed():
 
 def test_a_table_of_all_methods_is_whole_in_80_columns():
     results = [result(method, "a_task_whose_name_is_long", 1, 0.5) for method in METHODS]
-    for rows in (method_rows(summarise(results)), task_rows(results)):
+    tables = split_methods(task_rows(results))
+    assert [name for rows in tables for name in rows[0][2:]] == list(METHODS)
+    for rows in (method_rows(summarise(results)), *tables):
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(to_table(rows))
         text = console.export_text()

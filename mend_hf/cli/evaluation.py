@@ -42,10 +42,17 @@ def evaluate(
     from mend_hf.data.partition import load_partition
     from mend_hf.evaluation.evaluator import evaluate_methods
     from mend_hf.evaluation.methods import METHODS, pick_methods
-    from mend_hf.evaluation.report import method_rows, summarise, task_rows, to_markdown, to_table
+    from mend_hf.evaluation.report import (
+        method_rows,
+        split_methods,
+        summarise,
+        task_rows,
+        to_markdown,
+        to_table,
+    )
     from mend_hf.evaluation.results import ResultFolder
 
-    left_out = {"MEND", "random prefix"} if distiller is None else set()
+    left_out = {"MEND", "MEND + 2 raw", "random prefix"} if distiller is None else set()
     if distiller is not None and MendConfig.from_pretrained(distiller).task_type == "SEQ_2_SEQ_LM":
         left_out = {"training-free anchors"}  # they are keys and values, which an encoder does not read
     names = method or [name for name in METHODS if name not in left_out]
@@ -81,7 +88,8 @@ def evaluate(
     results = sorted(folder.results, key=lambda result: (result.task, order[result.method], result.seed))
     by_method, by_task = method_rows(summarise(results)), task_rows(results)
     (output_dir / "results.md").write_text(f"{to_markdown(by_method)}\n{to_markdown(by_task)}", encoding="utf-8")
-    console.print(to_table(by_task, title="Points of 100, mean over seeds"))
+    for part in split_methods(by_task):
+        console.print(to_table(part, title="Points of 100, mean over seeds"))
     console.print(to_table(by_method, title=f"{len(by_task) - 1} tasks, {num_demonstrations} demonstrations"))
 
 

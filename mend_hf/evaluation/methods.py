@@ -8,6 +8,8 @@ import torch
 
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.errors import ConfigError
+from mend_hf.evaluation.calibration import in_context_calibrated
+from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.model import MendModel
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_slots, pack_right
@@ -107,9 +109,11 @@ METHODS: dict[str, Method] = {
     "zero-shot": zero_shot,
     "in-context": in_context,
     "in-context, cut": in_context_cut,
+    "in-context, calibrated": in_context_calibrated,
     "training-free anchors": training_free_anchors,
     "random prefix": random_prefix,
     "MEND": mend,
+    "MEND + 2 raw": mend_with_raw(2),
 }
 
 

@@ -105,3 +105,9 @@ def to_markdown(rows: Sequence[Sequence[str]]) -> str:
     heading, *body = rows
     lines = [heading, ["---", *("---:" for _ in heading[1:])], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def split_methods(rows: Sequence[Sequence[str]], num_at_once: int = 6) -> list[list[list[str]]]:
+    """Return the tables of `task_rows` with a few methods each, so that every one fits a terminal."""
+    starts = range(2, len(rows[0]), num_at_once)
+    return [[[*row[:2], *row[start : start + num_at_once]] for row in rows] for start in starts]
