@@ -482,6 +482,16 @@ def test_evaluate_scores_free_form_tasks(mend: Mend, base_folder: Path, tmp_path
     assert "rouge_l" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_evaluate_by_channel_is_another_evaluation(mend: Mend, base_folder: Path, data: Path, tmp_path: Path) -> None:
+    words = ["evaluate", "--base-model", base_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    words += ["--num-demonstrations", 2, "--method", "in-context", "--output-dir", tmp_path]
+    result = mend(*words, "--scoring", "channel")
+    assert result.code == 0, result.err
+    [row] = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert row["scoring"] == "channel"
+    assert_refused(mend(*words), "other scoring", "--overwrite")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -188,6 +188,13 @@ def test_a_task_without_queries_is_refused(model):
         next(evaluate_methods(model, {"films": examples("films")}, {"films": []}, METHODS, num_demonstrations=2))
 
 
+@pytest.mark.parametrize("options", [("positive",), ("positive", "positive")])
+def test_fewer_than_two_different_options_are_refused(model, options):
+    films = [Example("films", "a bore", "positive", options)] * 2
+    with pytest.raises(DataError, match="a bore' of films: correct the task's options"):
+        next(evaluate_methods(model, {"films": films}, {"films": films}, METHODS, num_demonstrations=2))
+
+
 def test_a_missing_package_is_named_before_anything_runs(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     monkeypatch.setattr(type(model), "distill", None)

@@ -98,10 +98,18 @@ def test_a_prefix_for_every_query_scores_as_each_alone(model):
     assert_close(together, one_by_one(model, [task.prefix for task in distilled]))
 
 
-@pytest.mark.parametrize("options", [["positive"], ["positive", "positive"]])
-def test_fewer_than_two_different_options_are_refused(model, options):
-    with pytest.raises(DataError, match="correct the task's options"):
-        score_options(model, ["bad"], [options])
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("options", [[["positive"], []], [["positive"]]])
+def test_queries_without_options_are_refused(model, options):
+    with pytest.raises(DataError, match="give every query its own"):
+        score_options(model, ["bad", "good"], options)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_one_option_alone_scores_as_among_others_and_a_long_one_is_cut(model):
+    [[alone]] = score_options(model, ["bad"], [["good " * 300]])
+    among = score_options(model, ["bad"], [["positive", "good " * 256]])[0][1]
+    assert alone == pytest.approx(among, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -31,6 +31,10 @@ def evaluate(
     seeds: Annotated[str, typer.Option(help="Seeds of the demonstrations.")] = "13,21,42,87,100",
     max_queries: Annotated[int | None, typer.Option(help="Queries of a task. Default: all.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Queries read at once.", min=1)] = 8,
+    scoring: Annotated[
+        Literal["direct", "channel"],
+        typer.Option(help="How likely an option is behind the input, or the input behind an option."),
+    ] = "direct",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop results of other settings.")] = False,
     device: Device = None,
 ) -> None:
@@ -59,7 +63,7 @@ def evaluate(
     methods = pick_methods(names)
     settings = {
         "tasks": tasks, "distiller": distiller, "base_model": base_model, "num_demonstrations": num_demonstrations,
-        "max_queries": max_queries,
+        "max_queries": max_queries, "scoring": scoring,
     }  # fmt: skip
     folder = ResultFolder(output_dir, settings, overwrite=overwrite)
     wanted = only or (list(load_partition(partition).test) if partition else None)
@@ -77,6 +81,7 @@ def evaluate(
         seeds=chosen_seeds,
         max_queries=max_queries,
         batch_size=batch_size,
+        scoring=scoring,
         finished={result.key for result in folder.results},
     )
     for result in new_results:

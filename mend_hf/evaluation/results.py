@@ -6,12 +6,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.files import check_output_folder, read_json, write_json
 
 RESULTS_NAME, SETTINGS_NAME = "results.jsonl", "settings.json"
+
+Scoring = Literal["direct", "channel"]
 
 
 class ResultKey(NamedTuple):
@@ -21,6 +23,7 @@ class ResultKey(NamedTuple):
     method: str
     seed: int
     num_demonstrations: int
+    scoring: Scoring = "direct"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class TaskResult:
         prefix_bytes: Size of what is kept for the task between queries.
         milliseconds_per_query: Mean over the queries, options included.
         prepare_milliseconds: Reading or distilling the demonstrations, once.
+        scoring: "direct", an option behind the input, or "channel", the input behind an option.
     """
 
     method: str
@@ -52,11 +56,12 @@ class TaskResult:
     prefix_bytes: int
     milliseconds_per_query: float
     prepare_milliseconds: float
+    scoring: Scoring = "direct"
 
     @property
     def key(self) -> ResultKey:
         """What tells this result from every other one of its evaluation."""
-        return ResultKey(self.task, self.method, self.seed, self.num_demonstrations)
+        return ResultKey(self.task, self.method, self.seed, self.num_demonstrations, self.scoring)
 
 
 class ResultFolder:

@@ -41,12 +41,12 @@ def score_options(
     Args:
         model: Its base model reads, in its prompt format.
         queries: B texts.
-        options: The answers to choose from, at least two different ones a query.
+        options: What may follow each query. One that is longer than a demonstration may be loses its end.
         prefix: What stands in front of every query (one row), or of each (B rows); None: zero-shot.
         batch_size: Queries read at once, and a few times as many options.
 
     Raises:
-        DataError: A query has fewer than two options, or the same twice.
+        DataError: There are not as many lists of options as queries, or one is empty.
         ShapeError: The prefix has neither one row nor one a query, or the base model has no positions left.
     """
     _check_options(queries, options)
@@ -82,14 +82,11 @@ def batch_by_length(model: MendModel, queries: Sequence[str], batch_size: int) -
 
 
 def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> None:
-    if len(queries) != len(options):
-        raise DataError(f"Expected options for each of {len(queries)} queries, got {len(options)} lists of options.")
-    for query, choices in zip(queries, options, strict=True):
-        if len(choices) < 2 or len(set(choices)) < len(choices):
-            raise DataError(
-                f"Expected two or more different options to choose from, got {list(choices)!r} for {query!r}: "
-                "correct the task's options."
-            )
+    if len(queries) != len(options) or not all(options):
+        raise DataError(
+            f"Expected options for each of {len(queries)} queries, got {sum(map(bool, options))} lists that hold "
+            "some: give every query its own."
+        )
 
 
 def _score_batch(
@@ -98,7 +95,8 @@ def _score_batch(
     encoding = model.tokenize(queries, is_alone=prefix is None)
     mask = encoding["attention_mask"]
     prompt = model.prompt
-    ids = [(row, prompt.encode_answer(choice)) for row, choices in enumerate(options) for choice in choices]
+    limit = prompt.config.max_demonstration_tokens
+    ids = [(row, prompt.encode_answer(choice)[:limit]) for row, choices in enumerate(options) for choice in choices]
     num_at_once = OPTIONS_PER_QUERY * len(queries)
     parts = [ids[start : start + num_at_once] for start in range(0, len(ids), num_at_once)]
     if isinstance(model.route, EncoderRoute):
