@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, get_mend_model
 from mend_hf.cli import app
+from mend_hf.evaluation.methods import METHODS, TRAINED_METHODS
 
 SENTENCE = "the boy went home because it was a good day for her walk into town ."
 PAIRS = [("good film", "positive"), ("dull film", "negative"), ("very funny", "positive"), ("a waste", "negative")]
@@ -457,9 +458,10 @@ def test_evaluate_prints_and_keeps_a_table_and_goes_on_after_a_stop(
     result = mend(*words, "--seeds", "13")
     assert result.code == 0, result.err
     table = (tmp_path / "results.md").read_text()
-    for method in ("zero-shot", "in-context", "training-free anchors", "random prefix", "MEND"):
-        assert method in result.out
-        assert method in table
+    for method in set(METHODS) - TRAINED_METHODS:
+        assert f"plant, seed 13, {method}: " in result.out
+        assert f"| {method} |" in table
+    assert not any(f"| {method} |" in table for method in TRAINED_METHODS)
     assert "film" not in table  # a training task
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     assert {(row["task"], row["seed"]) for row in map(json.loads, lines)} == {("plant", 13)}
@@ -471,6 +473,17 @@ def test_evaluate_prints_and_keeps_a_table_and_goes_on_after_a_stop(
     assert len(rows) == 2 * len(lines)
     assert rows[:2] == [json.loads(line) for line in lines[:2]]
     assert_refused(mend(*words[:-1], 2), "max_queries", "--overwrite")
+
+
+def test_evaluate_trains_a_prompt_when_asked_and_names_all_methods_in_its_help(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", "--base-model", base_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    result = mend(*words, "--num-demonstrations", 2, "--method", "prompt tuning", "--output-dir", tmp_path)
+    assert result.code == 0, result.err
+    assert "film, seed 13, prompt tuning: " in result.out
+    [option] = [p for p in typer.main.get_command(app).commands["evaluate"].params if p.name == "method"]
+    assert option.help.partition(": ")[2].startswith("; ".join(METHODS) + ". Default: ")
 
 
 def test_evaluate_scores_free_form_tasks(mend: Mend, base_folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,14 @@ def evaluate(
     only: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")] = None,
     distiller: Distiller = None,
     base_model: BaseModel = None,
-    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this method; may be repeated: zero-shot; in-context; in-context, cut; in-context, calibrated; "
+            "training-free anchors; random prefix; prompt tuning; prefix tuning; MEND; MEND + 2 raw. Default: all "
+            "that train nothing."
+        ),
+    ] = None,
     num_demonstrations: Annotated[int, typer.Option(help="Demonstrations of a task.", min=1)] = 16,
     seeds: Annotated[str, typer.Option(help="Seeds of the demonstrations.")] = "13,21,42,87,100",
     max_queries: Annotated[int | None, typer.Option(help="Queries of a task. Default: all.", min=1)] = None,
@@ -45,7 +52,7 @@ def evaluate(
     from mend_hf.data.metaicl import load_tasks
     from mend_hf.data.partition import load_partition
     from mend_hf.evaluation.evaluator import evaluate_methods
-    from mend_hf.evaluation.methods import METHODS, pick_methods
+    from mend_hf.evaluation.methods import DISTILLING_METHODS, METHODS, TRAINED_METHODS, pick_methods
     from mend_hf.evaluation.report import (
         method_rows,
         split_methods,
@@ -56,9 +63,9 @@ def evaluate(
     )
     from mend_hf.evaluation.results import ResultFolder
 
-    left_out = {"MEND", "MEND + 2 raw", "random prefix"} if distiller is None else set()
+    left_out = TRAINED_METHODS | (DISTILLING_METHODS if distiller is None else set())
     if distiller is not None and MendConfig.from_pretrained(distiller).task_type == "SEQ_2_SEQ_LM":
-        left_out = {"training-free anchors"}  # they are keys and values, which an encoder does not read
+        left_out = left_out | {"training-free anchors"}  # they are keys and values, which an encoder does not read
     names = method or [name for name in METHODS if name not in left_out]
     methods = pick_methods(names)
     settings = {

@@ -11,6 +11,7 @@ from mend_hf.errors import ConfigError
 from mend_hf.evaluation.calibration import in_context_calibrated
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
+from mend_hf.evaluation.tuned import prefix_tuning, prompt_tuning
 from mend_hf.model import MendModel
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_slots, pack_right
 from mend_hf.prompt_encoder import PromptEncoder
@@ -112,9 +113,16 @@ METHODS: dict[str, Method] = {
     "in-context, calibrated": in_context_calibrated,
     "training-free anchors": training_free_anchors,
     "random prefix": random_prefix,
+    "prompt tuning": prompt_tuning,
+    "prefix tuning": prefix_tuning,
     "MEND": mend,
     "MEND + 2 raw": mend_with_raw(2),
 }
+
+# Trained for every task and seed, which takes many times as long as all others: only by name.
+TRAINED_METHODS = frozenset({"prompt tuning", "prefix tuning"})
+# What needs a distiller that was trained.
+DISTILLING_METHODS = frozenset({"random prefix", "MEND", "MEND + 2 raw"})
 
 
 def pick_methods(names: Sequence[str]) -> dict[str, Method]:
