@@ -17,7 +17,7 @@ from command_line import run_mend
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, get_mend_model
+from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, auto, get_mend_model
 from mend_hf.cli import app
 from mend_hf.evaluation.methods import METHODS, TRAINED_METHODS
 
@@ -484,6 +484,57 @@ def test_evaluate_trains_a_prompt_when_asked_and_names_all_methods_in_its_help(
     assert "film, seed 13, prompt tuning: " in result.out
     [option] = [p for p in typer.main.get_command(app).commands["evaluate"].params if p.name == "method"]
     assert option.help.partition(": ")[2].startswith("; ".join(METHODS) + ". Default: ")
+
+
+def test_evaluate_compares_other_distillers_and_other_models_and_loads_the_base_model_once(
+    mend: Mend,
+    base_folder: Path,
+    distiller_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    tiny_model: Callable[[str], PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tmp_path / "embeds"
+    base = tiny_model("llama")
+    base.name_or_path = str(base_folder)
+    get_mend_model(base, MendConfig(num_virtual_tokens=5, prefix_form="embeds")).save_pretrained(other)
+    loaded = []
+    load = auto.load_language_model
+    monkeypatch.setattr(
+        auto, "load_language_model", lambda place, **options: loaded.append(place) or load(place, **options)
+    )
+    words = ["evaluate", "--distiller", distiller_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    words += ["--num-demonstrations", 2, "--method", "in-context", "--output-dir", tmp_path / "out"]
+    result = mend(*words, "--compare", f"embeds={other}", "--compare", f"tuned={base_folder}")
+    assert result.code == 0, result.err
+    rows = {
+        row["method"]: row for row in map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    }
+    assert list(rows) == ["in-context", "embeds", "tuned"]
+    assert rows["embeds"]["prefix_slots"] == 5
+    assert rows["tuned"]["prefix_slots"] == rows["in-context"]["prefix_slots"]
+    assert loaded == [str(base_folder)] * 2  # the base model, and "tuned"
+    assert_refused(mend(*words, "--compare", f"embeds={base_folder}"), "other compare", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--compare", "MEND=elsewhere"], ["'MEND' again: choose another"]),
+        (["--compare", "a=here", "--compare", "a=there"], ["'a' again: choose another"]),
+        (["--compare", "elsewhere"], ["NAME=FOLDER_OR_HUB_ID, got 'elsewhere'"]),
+        (["--compare", "=elsewhere"], ["NAME=FOLDER_OR_HUB_ID"]),
+        (["--compare", "other=nowhere/at/all"], ["Expected a base model in a folder", "nowhere/at/all"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_refused_and_leaves_nothing(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    start = ["evaluate", "--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
+    assert_refused(mend(*start, "--output-dir", tmp_path / "out", *words), *parts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_scores_free_form_tasks(mend: Mend, base_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from mend_hf import Demonstration, MendConfig, get_mend_model
 from mend_hf.evaluation.calibration import CONTENT_FREE_INPUTS, CalibratedReader
+from mend_hf.evaluation.comparison import distil_with, read_with, share_weights
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.methods import METHODS
 from mend_hf.evaluation.readers import Reader
@@ -123,3 +124,35 @@ def test_raw_demonstrations_go_on_behind_a_prefix_without_adapter_and_placeholde
     readers = [METHODS[name](model, SHOTS) for name in ("MEND", "MEND + 2 raw")]
     anchors, hybrid = (reader.score_options(QUERIES, [OPTIONS] * 2, batch_size=2) for reader in readers)
     assert anchors != hybrid
+
+
+def test_distillers_that_share_a_base_model_do_not_disturb_each_other(tiny_model, tokenizer):
+    def wrap(base, seed):
+        return wrap_tiny_model(base, tokenizer, seed=seed, num_virtual_tokens=3, lora_r=2)
+
+    first_base = tiny_model("llama")
+    second_base = share_weights(first_base)
+    own, shared = dict(first_base.named_parameters()), dict(second_base.named_parameters())
+    assert own.keys() == shared.keys()
+    assert all(own[name] is shared[name] for name in own)
+    first, second = wrap(first_base, 1), wrap(second_base, 2)
+    for model, alone in ((first, wrap(tiny_model("llama"), 1)), (second, wrap(tiny_model("llama"), 2))):
+        expected, got = alone.distill(SHOTS).prefix, distil_with(model)(first, SHOTS).prefix
+        assert all(map(torch.equal, (*expected.keys, *expected.values), (*got.keys, *got.values)))
+    scores = [
+        method(first, SHOTS).score_options(QUERIES, [OPTIONS] * 2, batch_size=2)
+        for method in (distil_with(first), distil_with(second), METHODS["in-context"], read_with(second))
+    ]
+    assert scores[0] == METHODS["MEND"](first, SHOTS).score_options(QUERIES, [OPTIONS] * 2, batch_size=2)
+    assert scores[0] != scores[1]
+    assert scores[2] == scores[3]
+
+
+def test_another_model_reads_in_its_own_way(tiny_model, tokenizer):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
+    other = get_mend_model(tiny_model("gpt2"), MendConfig(num_virtual_tokens=0, lora_r=0), tokenizer).eval()
+    expected, got = (
+        method(one, SHOTS).score_options(QUERIES, [OPTIONS] * 2, batch_size=2)
+        for method, one in ((METHODS["in-context"], other), (read_with(other), model))
+    )
+    assert expected == got

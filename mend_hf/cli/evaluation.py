@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from mend_hf.cli.options import BaseModel, Device, Distiller, load_for_answering
+from mend_hf.cli.comparison import load_comparisons, parse_comparisons
+from mend_hf.cli.options import BaseModel, Device, Distiller, load_base_of, wrap_for_answering
 from mend_hf.config import MendConfig
 from mend_hf.errors import ConfigError
 
@@ -32,6 +33,13 @@ def evaluate(
             help="Only this method; may be repeated: zero-shot; in-context; in-context, cut; in-context, calibrated; "
             "training-free anchors; random prefix; prompt tuning; prefix tuning; MEND; MEND + 2 raw. Default: all "
             "that train nothing."
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER_OR_HUB_ID, a further method; may be repeated: another distiller for the same base "
+            "model, or a language model that reads the demonstrations in context."
         ),
     ] = None,
     num_demonstrations: Annotated[int, typer.Option(help="Demonstrations of a task.", min=1)] = 16,
@@ -63,21 +71,25 @@ def evaluate(
     )
     from mend_hf.evaluation.results import ResultFolder
 
+    config = MendConfig() if distiller is None else MendConfig.from_pretrained(distiller)
     left_out = TRAINED_METHODS | (DISTILLING_METHODS if distiller is None else set())
-    if distiller is not None and MendConfig.from_pretrained(distiller).task_type == "SEQ_2_SEQ_LM":
+    if config.task_type == "SEQ_2_SEQ_LM":
         left_out = left_out | {"training-free anchors"}  # they are keys and values, which an encoder does not read
     names = method or [name for name in METHODS if name not in left_out]
     methods = pick_methods(names)
+    compared = parse_comparisons(compare or [], taken=METHODS)
     settings = {
         "tasks": tasks, "distiller": distiller, "base_model": base_model, "num_demonstrations": num_demonstrations,
-        "max_queries": max_queries, "scoring": scoring,
+        "max_queries": max_queries, "scoring": scoring, "compare": compared,
     }  # fmt: skip
     folder = ResultFolder(output_dir, settings, overwrite=overwrite)
     wanted = only or (list(load_partition(partition).test) if partition else None)
     test_tasks = load_tasks(tasks, split="test", tasks=wanted)
     train_tasks = load_tasks(tasks, split="train", tasks=sorted(test_tasks))
     chosen_seeds = _parse_seeds(seeds)
-    model = load_for_answering(distiller, base_model, device)
+    base, tokenizer = load_base_of(distiller, base_model, device)
+    methods |= load_comparisons(compared, base, tokenizer, config)
+    model = wrap_for_answering(base, tokenizer, distiller)
     console = Console()
     new_results = evaluate_methods(
         model,
@@ -96,7 +108,7 @@ def evaluate(
         console.print(
             f"{result.task}, seed {result.seed}, {result.method}: {100 * result.score:.1f} ({result.metric})"
         )
-    order = {name: index for index, name in enumerate(METHODS)}
+    order = {name: index for index, name in enumerate([*METHODS, *compared])}
     results = sorted(folder.results, key=lambda result: (result.task, order[result.method], result.seed))
     by_method, by_task = method_rows(summarise(results)), task_rows(results)
     (output_dir / "results.md").write_text(f"{to_markdown(by_method)}\n{to_markdown(by_task)}", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mend_hf.config import MendConfig
+from mend_hf.config import PLAIN_FIELDS, MendConfig
 from mend_hf.errors import ConfigError, DataError, import_extra
 
 if TYPE_CHECKING:
@@ -30,17 +30,42 @@ OutputFolder = Annotated[Path, typer.Option(help="Folder for what is made.")]
 
 def load_for_answering(distiller: str | None, base_model: str | None, device: str | None) -> MendModel:
     """Return a saved distiller on its base model; without a distiller, the base model with training-free anchors."""
+    return wrap_for_answering(*load_base_of(distiller, base_model, device), distiller)
+
+
+def load_base_of(
+    distiller: str | None, base_model: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the base model that is asked for, else the one that the distiller names, and its tokenizer."""
+    if distiller is None and base_model is None:
+        raise ConfigError("Expected --distiller or --base-model, got neither: name a Hub id or a folder.")
+    named = None if distiller is None else MendConfig.from_pretrained(distiller).base_model_name_or_path
+    return load_base_model(base_model or named, device)
+
+
+def wrap_for_answering(
+    base_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    distiller: str | None,
+    like: MendConfig = MendConfig(),  # noqa: B008  # frozen
+) -> MendModel:
+    """Return a base model with a saved distiller, or with training-free anchors.
+
+    Args:
+        base_model: Is wrapped.
+        tokenizer: Its tokenizer.
+        distiller: A Hub id or a folder; None: none.
+        like: Whose prompt format and budgets hold where there is no distiller.
+    """
     from mend_hf.auto import get_mend_model
     from mend_hf.model import MendModel
 
-    if distiller is None:
-        if base_model is None:
-            raise ConfigError("Expected --distiller or --base-model, got neither: name a Hub id or a folder.")
-        base, tokenizer = load_base_model(base_model, device)
-        return get_mend_model(base, MendConfig(num_virtual_tokens=0, lora_r=0, prefix_form="kv"), tokenizer).eval()
-    config = MendConfig.from_pretrained(distiller)
-    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, device)
-    return MendModel.from_pretrained(base, distiller, tokenizer, config=config)
+    if distiller is not None:
+        return MendModel.from_pretrained(base_model, distiller, tokenizer)
+    names = ("prompt_format", *PLAIN_FIELDS, "max_demonstration_tokens", "max_distiller_tokens")
+    texts = {name: getattr(like, name) for name in names}
+    config = MendConfig(num_virtual_tokens=0, lora_r=0, prefix_form="kv", **texts)
+    return get_mend_model(base_model, config, tokenizer).eval()
 
 
 def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
