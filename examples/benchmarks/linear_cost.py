@@ -130,7 +130,7 @@ def draw(tokens: np.ndarray, milliseconds: np.ndarray, line: tuple[float, float]
         color="#c0572b",
     )
     axes.set(xlabel="demonstration tokens", ylabel="seconds", xlim=(0, None), ylim=(0, None))
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=150)

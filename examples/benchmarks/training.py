@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=str(EXAMPLES / "data"), help="tasks in MetaICL's format")
-    parser.add_argument("--partition", type=Path, help="only the training tasks of this partition")
+    parser.add_argument("--partition", help="only the training tasks of this partition")
     parser.add_argument("--num-demonstrations", default="4-16", help="of a row: 16, or a range 4-16")
     parser.add_argument("--num-rows", type=int, default=8, help="rows of one step")
     parser.add_argument("--form", choices=("embeds", "kv"), default="embeds", help="of the prefix")

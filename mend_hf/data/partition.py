@@ -50,7 +50,7 @@ def load_partition(name_or_path: str | Path) -> Partition:
     """
     known = list_partitions()
     path: Any = files("mend_hf") / "data" / "partitions" / f"{name_or_path}.json"
-    if name_or_path not in known:
+    if str(name_or_path) not in known:
         path = Path(name_or_path)
         if not path.exists():
             raise DataError(
