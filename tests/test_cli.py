@@ -489,22 +489,22 @@ def test_evaluate_trains_a_prompt_when_asked_and_names_all_methods_in_its_help(
 def test_evaluate_compares_other_distillers_and_other_models_and_loads_the_base_model_once(
     mend: Mend,
     base_folder: Path,
-    distiller_folder: Path,
     data: Path,
     tmp_path: Path,
     tiny_model: Callable[[str], PreTrainedModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = tmp_path / "embeds"
-    base = tiny_model("llama")
-    base.name_or_path = str(base_folder)
-    get_mend_model(base, MendConfig(num_virtual_tokens=5, prefix_form="embeds")).save_pretrained(other)
+    first, other = tmp_path / "short", tmp_path / "embeds"
+    for folder, settings in ((first, {"input_prefix": ""}), (other, {"prefix_form": "embeds"})):
+        base = tiny_model("llama")
+        base.name_or_path = str(base_folder)
+        get_mend_model(base, MendConfig(num_virtual_tokens=5, **settings)).save_pretrained(folder)
     loaded = []
     load = auto.load_language_model
     monkeypatch.setattr(
         auto, "load_language_model", lambda place, **options: loaded.append(place) or load(place, **options)
     )
-    words = ["evaluate", "--distiller", distiller_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    words = ["evaluate", "--distiller", first, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
     words += ["--num-demonstrations", 2, "--method", "in-context", "--output-dir", tmp_path / "out"]
     result = mend(*words, "--compare", f"embeds={other}", "--compare", f"tuned={base_folder}")
     assert result.code == 0, result.err
@@ -513,7 +513,7 @@ def test_evaluate_compares_other_distillers_and_other_models_and_loads_the_base_
     }
     assert list(rows) == ["in-context", "embeds", "tuned"]
     assert rows["embeds"]["prefix_slots"] == 5
-    assert rows["tuned"]["prefix_slots"] == rows["in-context"]["prefix_slots"]
+    assert rows["tuned"]["prefix_slots"] == rows["in-context"]["prefix_slots"]  # in the distiller's prompt format
     assert loaded == [str(base_folder)] * 2  # the base model, and "tuned"
     assert_refused(mend(*words, "--compare", f"embeds={base_folder}"), "other compare", "--overwrite")
 

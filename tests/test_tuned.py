@@ -8,6 +8,7 @@ from peft import PeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfig
 from tiny_models import wrap_tiny_model
 
 from mend_hf import Demonstration, MendConfig, get_mend_model
+from mend_hf.architectures import embed_tokens
 from mend_hf.errors import ConfigError, DataError, UnsupportedModelError
 from mend_hf.evaluation import tuned
 from mend_hf.evaluation.methods import METHODS
@@ -16,7 +17,7 @@ from mend_hf.prefix import EmbeddingPrefix
 SHOTS = [
     Demonstration("great film", "positive"),
     Demonstration("a bore", "negative"),
-    Demonstration("good food", "positive"),
+    Demonstration("the food was good and the film was funny", "positive"),
 ]
 QUERY = "moving and funny"
 OPTIONS = ("positive", "negative")
@@ -82,6 +83,36 @@ def test_training_starts_from_the_answers_in_the_prompt_format(method, tiny_mode
     for layer, other in zip((*started.keys, *started.values), (*text.keys, *text.values), strict=True):
         torch.testing.assert_close(layer, other)
     assert started.next_positions.tolist() == [40]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_a_step_is_one_of_adamw_on_the_mean_nll_of_all_answer_tokens(name, tiny_model, tokenizer, monkeypatch):
+    model = wrap_tiny_model(tiny_model(name), tokenizer, num_virtual_tokens=4)
+    monkeypatch.setattr(
+        model.route, "prepare", lambda prefix: prefix
+    )  # so that the vectors themselves can be looked at
+    vectors = []
+    for num_epochs in (0, 1):
+        monkeypatch.setattr(tuned, "NUM_EPOCHS", num_epochs)
+        vectors.append(METHODS["prompt tuning"](model, SHOTS).prefix.vectors)
+    start = torch.nn.Parameter(vectors[0].clone())
+    losses = []
+    for shot in SHOTS:  # every row alone, so without padding
+        query, answer = model.prompt.encode_query(shot.input), model.prompt.encode_answer(shot.output)
+        inputs = torch.cat([start, embed_tokens(model.base_model, torch.tensor([query + answer]))], dim=1)
+        logits = model.base_model(inputs_embeds=inputs).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        losses += [-logits[place, token] for place, token in enumerate(answer)]
+    torch.stack(losses).mean().backward()
+    torch.optim.AdamW([start], lr=tuned.LEARNING_RATE).step()
+    torch.testing.assert_close(vectors[1], start.detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+def test_a_base_model_of_half_precision_is_tuned_too(method, tiny_model, tokenizer, few_epochs):
+    model = wrap_tiny_model(tiny_model("llama").bfloat16(), tokenizer, num_virtual_tokens=4)
+    reader = METHODS[method](model, SHOTS)
+    assert {states.dtype for states in reader.prefix.keys} == {torch.bfloat16}
+    assert reader.score_options([QUERY], [OPTIONS], batch_size=1)[0][0] < 0
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
