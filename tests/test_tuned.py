@@ -161,3 +161,6 @@ def test_what_cannot_be_tuned_is_refused(method, tiny_model, tiny_encoder_decode
     model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=3), tokenizer).eval()
     with pytest.raises(DataError, match="got none for 'a film'"):
         METHODS[method](model, [*SHOTS, Demonstration("a film", "")])
+    model.base_model.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match="call gradient_checkpointing_disable"):
+        METHODS[method](model, SHOTS)

@@ -47,7 +47,7 @@ def wrap_for_answering(
     base_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     distiller: str | None,
-    like: MendConfig = MendConfig(),  # noqa: B008  # frozen
+    like: MendConfig | None = None,
 ) -> MendModel:
     """Return a base model with a saved distiller, or with training-free anchors.
 
@@ -55,7 +55,7 @@ def wrap_for_answering(
         base_model: Is wrapped.
         tokenizer: Its tokenizer.
         distiller: A Hub id or a folder; None: none.
-        like: Whose prompt format and budgets hold where there is no distiller.
+        like: Whose prompt format and budgets hold where there is no distiller; None: a new config's.
     """
     from mend_hf.auto import get_mend_model
     from mend_hf.model import MendModel
@@ -63,8 +63,8 @@ def wrap_for_answering(
     if distiller is not None:
         return MendModel.from_pretrained(base_model, distiller, tokenizer)
     names = ("prompt_format", *PLAIN_FIELDS, "max_demonstration_tokens", "max_distiller_tokens")
-    texts = {name: getattr(like, name) for name in names}
-    config = MendConfig(num_virtual_tokens=0, lora_r=0, prefix_form="kv", **texts)
+    kept = {} if like is None else {name: getattr(like, name) for name in names}
+    config = MendConfig(num_virtual_tokens=0, lora_r=0, prefix_form="kv", **kept)
     return get_mend_model(base_model, config, tokenizer).eval()
 
 

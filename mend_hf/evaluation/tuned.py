@@ -45,7 +45,7 @@ def prompt_tuning(model: MendModel, demonstrations: Demonstrations) -> Reader:
         demonstrations: What is trained on; they also fix the order.
 
     Raises:
-        ConfigError: The virtual tokens do not fit the base model's sliding window.
+        ConfigError: The virtual tokens do not fit the base model's sliding window, or it has gradient checkpointing on.
         DataError: A demonstration has no answer.
         UnsupportedModelError: The base model is no decoder-only language model whose cache is keys and values, or no
             gradients pass through it.
@@ -108,6 +108,11 @@ def _check(model: MendModel, demonstrations: Demonstrations) -> None:
             f"{type(base_model).__name__}: leave these methods out."
         )
     check_gradients(base_model)
+    if any(getattr(module, "gradient_checkpointing", False) for module in base_model.modules()):
+        raise ConfigError(
+            "Expected no gradient checkpointing, which PEFT's prefixes do not work with, got a base model that has it "
+            "on: call gradient_checkpointing_disable()."
+        )
     num_virtual_tokens = model.mend_config.num_virtual_tokens or NUM_VIRTUAL_TOKENS
     window = get_sliding_window(base_model)
     if window is not None and num_virtual_tokens >= window:
