@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from peft import PeftModelForCausalLM, PrefixTuningConfig, PromptTuningConfig
@@ -164,3 +166,16 @@ def test_what_cannot_be_tuned_is_refused(method, tiny_model, tiny_encoder_decode
     model.base_model.gradient_checkpointing_enable()
     with pytest.raises(ConfigError, match="call gradient_checkpointing_disable"):
         METHODS[method](model, SHOTS)
+
+
+def test_layers_of_unlike_shapes_have_no_prefix_to_train(tiny_model, tokenizer, monkeypatch):
+    read = tuned.read_embeddings
+
+    def read_with_a_wider_layer(*arguments):
+        prefix = read(*arguments)
+        return dataclasses.replace(prefix, keys=(prefix.keys[0].repeat(1, 1, 1, 2), *prefix.keys[1:]))
+
+    monkeypatch.setattr(tuned, "read_embeddings", read_with_a_wider_layer)
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
+    with pytest.raises(UnsupportedModelError, match=r"\(2, 3, 8\), \(2, 3, 16\)\]: leave the method out"):
+        METHODS["prefix tuning"](model, SHOTS)

@@ -45,7 +45,7 @@ def prompt_tuning(model: MendModel, demonstrations: Demonstrations) -> Reader:
         demonstrations: What is trained on; they also fix the order.
 
     Raises:
-        ConfigError: The virtual tokens do not fit the base model's sliding window, or it has gradient checkpointing on.
+        ConfigError: The virtual tokens do not fit the base model's sliding window, or gradient checkpointing is on.
         DataError: A demonstration has no answer.
         UnsupportedModelError: The base model is no decoder-only language model whose cache is keys and values, or no
             gradients pass through it.
