@@ -33,6 +33,11 @@ def adapter_on() -> AbstractContextManager[None]:
     return _adapter(True)
 
 
+def adapter_is_on() -> bool:
+    """Return whether this thread reads through adapters."""
+    return _THREAD.adapter_is_on
+
+
 def adapter_as_now() -> Callable[[], AbstractContextManager[None]]:
     """Return what makes a context in which adapters are, in whatever thread, as they are here and now."""
     return partial(_adapter, _THREAD.adapter_is_on)

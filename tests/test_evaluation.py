@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 
@@ -13,7 +14,16 @@ from mend_hf.errors import ConfigError, DataError, MissingExtraError
 from mend_hf.evaluation.evaluator import evaluate_methods
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.metrics import compute_metric
-from mend_hf.evaluation.report import method_rows, split_methods, summarise, task_rows, to_markdown, to_table
+from mend_hf.evaluation.report import (
+    cost_rows,
+    method_rows,
+    queries_to_pay_off,
+    split_methods,
+    summarise,
+    task_rows,
+    to_markdown,
+    to_table,
+)
 from mend_hf.evaluation.results import ResultKey, TaskResult
 
 OPTIONS = ("positive", "negative")
@@ -58,9 +68,89 @@ def test_metrics_give_the_values_worked_out_by_hand(metric, predictions, referen
     assert compute_metric(metric, predictions, references) == pytest.approx(score)
 
 
-def test_an_unknown_metric_is_refused():
+def test_an_unknown_metric_is_refused(model):
     with pytest.raises(ConfigError, match="among macro_f1"):
         compute_metric("f2", ["a"], ["a"])
+    tasks = {"films": examples("films")}
+    with pytest.raises(ConfigError, match="among macro_f1, accuracy, exact_match, rouge_l, got 'f2'"):
+        evaluate_methods(model, tasks, tasks, METHODS, num_demonstrations=2, metric="f2")
+
+
+def test_a_gold_answer_that_cannot_be_chosen_is_a_wrong_answer_and_no_class():
+    # a: precision 1/2, recall 1, F1 2/3; b: precision and recall 1; as a class of its own c would make it 5/9
+    predictions, references = ["a", "a", "b"], ["a", "c", "b"]
+    assert compute_metric("macro_f1", predictions, references, labels=["a", "b"]) == pytest.approx((2 / 3 + 1) / 2)
+    assert compute_metric("macro_f1", predictions, references) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert compute_metric("accuracy", predictions, references, labels=["a", "b"]) == pytest.approx(2 / 3)
+
+
+def test_queries_whose_gold_answer_cannot_be_chosen_are_counted_apart(model):
+    queries = [*examples("films"), Example("films", "good", "mixed", OPTIONS)]
+    methods = pick_methods(["zero-shot"])
+    tasks = ({"films": examples("films")}, {"films": queries})
+    [result] = evaluate_methods(model, *tasks, methods, num_demonstrations=1, seeds=[1])
+    [without] = evaluate_methods(model, tasks[0], tasks[0], methods, num_demonstrations=1, seeds=[1])
+    assert (result.num_unanswerable, result.num_queries, without.num_unanswerable) == (1, 7, 0)
+    assert result.other_scores["accuracy"] == pytest.approx(without.other_scores["accuracy"] * 6 / 7)
+
+
+def test_another_metric_may_be_asked_for(model):
+    tasks = {"films": examples("films")}
+    methods = pick_methods(["zero-shot"])
+    [usual] = evaluate_methods(model, tasks, tasks, methods, num_demonstrations=1, seeds=[1])
+    [other] = evaluate_methods(model, tasks, tasks, methods, num_demonstrations=1, seeds=[1], metric="accuracy")
+    assert usual.metric == "macro_f1"
+    assert (other.metric, other.score) == ("accuracy", usual.other_scores["accuracy"])
+
+
+def test_processes_share_the_work_and_lose_none_of_it(model):
+    tasks = {name: examples(name) for name in ("films", "books", "songs")}
+    settings = {"num_demonstrations": 2, "seeds": [1, 2]}
+    methods = pick_methods(["zero-shot", "in-context"])
+    whole = {result.key: result.score for result in evaluate_methods(model, tasks, tasks, methods, **settings)}
+    parts = [list(evaluate_methods(model, tasks, tasks, methods, **settings, share=(part, 4))) for part in range(4)]
+    assert [len(part) for part in parts] == [4, 4, 2, 2]
+    assert {result.key: result.score for part in parts for result in part} == whole
+
+
+def test_fewer_demonstrations_are_the_first_of_more(model):
+    tasks = {"films": examples("films")}
+    seen = []
+
+    def note(model, demonstrations):
+        seen.append(demonstrations)
+        return METHODS["zero-shot"](model, demonstrations)
+
+    results = list(evaluate_methods(model, tasks, tasks, {"note": note}, num_demonstrations=[1, 4], seeds=[1]))
+    assert [result.num_demonstrations for result in results] == [1, 4]
+    assert len({result.key for result in results}) == 2
+    assert seen[0] == seen[1][:1]
+
+
+def test_a_distiller_and_the_methods_never_see_more_of_a_task_than_k_examples(model):
+    """Nothing can be chosen on a task that is reported on: of its training side k examples are drawn, and no other."""
+    shots = [Example("films", f"good {word}", "positive", OPTIONS) for word in ("film", "food", "bore", "funny")]
+    seen = set()
+
+    def note(model, demonstrations):
+        seen.update(demonstrations)
+        return METHODS["zero-shot"](model, demonstrations)
+
+    list(evaluate_methods(model, {"films": shots}, {"films": examples("films")}, {"note": note}, num_demonstrations=2,
+                          seeds=[1]))  # fmt: skip
+    assert len(seen) == 2
+    assert {shot.input for shot in seen} < {shot.input for shot in shots}
+
+
+def test_what_a_query_and_the_demonstrations_cost_is_counted(model):
+    tasks = {"films": examples("films")}
+    methods = pick_methods(["zero-shot", "in-context", "MEND"])
+    results = evaluate_methods(model, tasks, tasks, methods, num_demonstrations=6, seeds=[1])
+    costs = {result.method: result for result in results}
+    assert costs["zero-shot"].prepare_flops == 0 < costs["in-context"].prepare_flops < costs["MEND"].prepare_flops
+    flops = [costs[name].flops_per_query for name in ("zero-shot", "MEND", "in-context")]
+    assert flops == sorted(flops)
+    assert all(result.milliseconds_per_query > 0 for result in costs.values())
 
 
 def test_anchors_are_what_a_distiller_without_adapter_and_placeholders_keeps(model, tiny_model, tokenizer):
@@ -233,14 +323,50 @@ def test_summaries_average_seeds_then_tasks_and_name_the_worst_seed():
     assert summary.worst_seed == pytest.approx((0.2 + 0.6) / 2)
     assert summary.spread == pytest.approx(0.15)
     assert task_rows(results) == [["task", "metric", "a"], ["x", "accuracy", "30.0"], ["y", "accuracy", "80.0"]]
-    assert to_markdown(method_rows([summary])).splitlines()[-1] == "| a | 55.0 | 40.0 | 15.0 | 2 | 1.0 | 3 | 4 |"
+    cells = to_markdown(method_rows([summary])).splitlines()[-1].strip("| ").split(" | ")
+    assert cells[:2] + cells[3:] == ["a", "55.0", "40.0", "15.0", "2", "3"]
+    assert summary.interval.low < summary.score < summary.interval.high
+
+
+def test_results_of_unlike_demonstrations_are_never_averaged():
+    few, many = result("a", "x", 1, 0.2), dataclasses.replace(result("a", "x", 1, 0.6), num_demonstrations=16)
+    wrong = dataclasses.replace(few, score=0.0, variation="wrong labels")
+    assert [(s.method, s.score) for s in summarise([few, many])] == [("a, k = 2", 0.2), ("a, k = 16", 0.6)]
+    assert [s.method for s in summarise([few, wrong])] == ["a, as given", "a, wrong labels"]
+    assert task_rows([few, many])[0] == ["task", "metric", "a, k = 2", "a, k = 16"]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "again", "kept"),
+    [
+        ((100, 5), (60, 20), 2, 3),  # 100 + 2 * 5 <= 2 * 80; 100 + 3 * 5 <= 60 + 3 * 20
+        ((50, 5), (60, 20), 1, 0),
+        ((100, 20), (60, 20), 2, float("inf")),
+        ((100, 90), (60, 20), float("inf"), float("inf")),
+    ],
+)
+def test_when_distilling_has_paid_off_is_worked_out_by_hand(own, other, again, kept):
+    assert queries_to_pay_off(*own, *other, is_read_again=True) == again
+    assert queries_to_pay_off(*own, *other, is_read_again=False) == kept
+
+
+def test_the_cost_table_says_when_a_method_has_paid_off():
+    text = dataclasses.replace(
+        result("in-context", "x", 1, 0.5), prepare_milliseconds=60.0, milliseconds_per_query=20.0
+    )
+    distilled = dataclasses.replace(
+        result("MEND", "x", 1, 0.5), prepare_milliseconds=100.0, milliseconds_per_query=5.0, flops_per_query=2.5e9
+    )
+    rows = cost_rows(summarise([text, distilled]))
+    assert rows[1] == ["in-context", "1.0", "60", "", "", "", ""]
+    assert rows[2] == ["MEND", "1.0", "100", "2.50", "", "2", "3"]
 
 
 def test_a_table_of_all_methods_is_whole_in_80_columns():
     results = [result(method, "a_task_whose_name_is_long", 1, 0.5) for method in METHODS]
     tables = split_methods(task_rows(results))
     assert [name for rows in tables for name in rows[0][2:]] == list(METHODS)
-    for rows in (method_rows(summarise(results)), *tables):
+    for rows in (method_rows(summarise(results)), cost_rows(summarise(results)), *tables):
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(to_table(rows))
         text = console.export_text()

@@ -58,7 +58,7 @@ def load_comparisons(
     """
     from mend_hf.evaluation.comparison import distil_with, read_with, share_weights
 
-    methods = {}
+    methods: dict[str, Method] = {}
     for name, place in places.items():
         if _holds_distiller(place):
             methods[name] = distil_with(wrap_for_answering(share_weights(base_model), tokenizer, place))

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from mend_hf.cli.comparison import load_comparisons, parse_comparisons
 from mend_hf.cli.options import BaseModel, Device, Distiller, load_base_of, wrap_for_answering
-from mend_hf.config import MendConfig
-from mend_hf.errors import ConfigError
+from mend_hf.config import CONFIG_NAME, MendConfig
+from mend_hf.errors import CheckpointError, ConfigError
+from mend_hf.files import fetch_json
 
 
 def evaluate(
@@ -42,7 +43,7 @@ def evaluate(
             "model, or a language model that reads the demonstrations in context."
         ),
     ] = None,
-    num_demonstrations: Annotated[int, typer.Option(help="Demonstrations of a task.", min=1)] = 16,
+    num_demonstrations: Annotated[str, typer.Option(help="Demonstrations of a task: 16, or several, 1,4,16.")] = "16",
     seeds: Annotated[str, typer.Option(help="Seeds of the demonstrations.")] = "13,21,42,87,100",
     max_queries: Annotated[int | None, typer.Option(help="Queries of a task. Default: all.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Queries read at once.", min=1)] = 8,
@@ -50,6 +51,25 @@ def evaluate(
         Literal["direct", "channel"],
         typer.Option(help="How likely an option is behind the input, or the input behind an option."),
     ] = "direct",
+    variations: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variation",
+            help="Change the demonstrations; may be repeated: as given; no input; no label; random labels; wrong "
+            "labels; permuted order.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="macro_f1, accuracy, exact_match or rouge_l. Default: macro-F1 where all examples of a task have the "
+            "same options, accuracy where they have not, ROUGE-L where there are none."
+        ),
+    ] = None,
+    on_missing_gold: Annotated[
+        Literal["error", "wrong"],
+        typer.Option(help="A query whose gold answer is not among its options is an error, or is answered wrongly."),
+    ] = "error",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop results of other settings.")] = False,
     device: Device = None,
 ) -> None:
@@ -61,15 +81,9 @@ def evaluate(
     from mend_hf.data.partition import load_partition
     from mend_hf.evaluation.evaluator import evaluate_methods
     from mend_hf.evaluation.methods import DISTILLING_METHODS, METHODS, TRAINED_METHODS, pick_methods
-    from mend_hf.evaluation.report import (
-        method_rows,
-        split_methods,
-        summarise,
-        task_rows,
-        to_markdown,
-        to_table,
-    )
+    from mend_hf.evaluation.report import print_tables, write_tables
     from mend_hf.evaluation.results import ResultFolder
+    from mend_hf.evaluation.variations import AS_GIVEN
 
     config = MendConfig() if distiller is None else MendConfig.from_pretrained(distiller)
     left_out = TRAINED_METHODS | (DISTILLING_METHODS if distiller is None else set())
@@ -77,16 +91,18 @@ def evaluate(
         left_out = left_out | {"training-free anchors"}  # they are keys and values, which an encoder does not read
     names = method or [name for name in METHODS if name not in left_out]
     methods = pick_methods(names)
+    chosen_seeds, counts = _parse_numbers("seeds", seeds), _parse_numbers("num-demonstrations", num_demonstrations)
     compared = parse_comparisons(compare or [], taken=METHODS)
     settings = {
-        "tasks": tasks, "distiller": distiller, "base_model": base_model, "num_demonstrations": num_demonstrations,
-        "max_queries": max_queries, "scoring": scoring, "compare": compared,
+        "tasks": tasks, "base_model": base_model, "distiller": distiller, "compare": compared,
+        "distiller_hashes": [_hash_distiller(place) for place in (distiller, *compared.values())],
+        "max_queries": max_queries, "metric": metric, "on_missing_gold": on_missing_gold,
     }  # fmt: skip
     folder = ResultFolder(output_dir, settings, overwrite=overwrite)
     wanted = only or (list(load_partition(partition).test) if partition else None)
-    test_tasks = load_tasks(tasks, split="test", tasks=wanted)
+    on_missing: Literal["error", "keep"] = "keep" if on_missing_gold == "wrong" else "error"
+    test_tasks = load_tasks(tasks, split="test", tasks=wanted, on_missing_gold=on_missing)
     train_tasks = load_tasks(tasks, split="train", tasks=sorted(test_tasks))
-    chosen_seeds = _parse_seeds(seeds)
     base, tokenizer = load_base_of(distiller, base_model, device)
     methods |= load_comparisons(compared, base, tokenizer, config)
     model = wrap_for_answering(base, tokenizer, distiller)
@@ -96,11 +112,13 @@ def evaluate(
         train_tasks,
         test_tasks,
         methods,
-        num_demonstrations=num_demonstrations,
+        num_demonstrations=counts,
         seeds=chosen_seeds,
+        variations=variations or [AS_GIVEN],
         max_queries=max_queries,
         batch_size=batch_size,
         scoring=scoring,
+        metric=metric,
         finished={result.key for result in folder.results},
     )
     for result in new_results:
@@ -110,15 +128,22 @@ def evaluate(
         )
     order = {name: index for index, name in enumerate([*METHODS, *compared])}
     results = sorted(folder.results, key=lambda result: (result.task, order[result.method], result.seed))
-    by_method, by_task = method_rows(summarise(results)), task_rows(results)
-    (output_dir / "results.md").write_text(f"{to_markdown(by_method)}\n{to_markdown(by_task)}", encoding="utf-8")
-    for part in split_methods(by_task):
-        console.print(to_table(part, title="Points of 100, mean over seeds"))
-    console.print(to_table(by_method, title=f"{len(by_task) - 1} tasks, {num_demonstrations} demonstrations"))
+    write_tables(results, output_dir)
+    print_tables(results, console)
 
 
-def _parse_seeds(text: str) -> list[int]:
+def _parse_numbers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"Expected seeds as numbers with commas, such as 13,21,42, got {text!r}.") from error
+        raise ConfigError(f"Expected --{name} as numbers with commas, such as 13,21,42, got {text!r}.") from error
+
+
+def _hash_distiller(place: str | None) -> str | None:
+    """Return what tells a distiller from another one in the same place; None: there is none."""
+    from mend_hf.fingerprint import hash_json
+
+    try:
+        return None if place is None else hash_json(fetch_json(place, CONFIG_NAME))
+    except CheckpointError:
+        return None  # a language model

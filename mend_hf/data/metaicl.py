@@ -7,7 +7,7 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mend_hf.data.rows import SUFFIXES, Row, get_text, is_list_of_text, load_hub_splits, number_rows, read_rows
 from mend_hf.errors import DataError
@@ -21,7 +21,8 @@ class Example:
         task: The task's name.
         input: What is asked.
         output: What should be answered.
-        options: The answers to choose from, with `output` among them; empty for a free-form task.
+        options: The answers to choose from, with `output` among them unless it was read so on purpose; empty for a
+            free-form task.
     """
 
     task: str
@@ -31,7 +32,12 @@ class Example:
 
 
 def load_tasks(
-    name_or_path: str | Path, *, split: str = "train", tasks: Collection[str] | None = None, **hub: Any
+    name_or_path: str | Path,
+    *,
+    split: str = "train",
+    tasks: Collection[str] | None = None,
+    on_missing_gold: Literal["error", "keep"] = "error",
+    **hub: Any,
 ) -> dict[str, list[Example]]:
     """Return the examples of tasks in MetaICL's format, by task name in alphabetical order.
 
@@ -44,6 +50,7 @@ def load_tasks(
             these in its subfolder `tasks`; one file; or a data set on the Hub, or in a folder that `datasets` reads.
         split: "train" or "test", or whatever the source calls a split of its own.
         tasks: The names wanted; None: all.
+        on_missing_gold: What becomes of an example whose output is not among its options.
         **hub: Arguments of `datasets.load_dataset`.
 
     Raises:
@@ -55,13 +62,14 @@ def load_tasks(
     if path.is_dir() and any(_find_task_files(path, known) for known in ("train", "test", split)):
         files = _find_task_files(path, split)
         _check_known(wanted, files, split, path)
-        return {task: _read_task(files[task], task) for task in sorted(files if wanted is None else wanted)}
+        names = sorted(files if wanted is None else wanted)
+        return {task: _read_task(files[task], task, on_missing_gold) for task in names}
     rows: Iterable[tuple[str, Row]]
     if path.is_file():
         rows = ((place, row) for place, row in read_rows(path) if row.get("split", split) == split)
     else:
         rows = _select_hub_rows(load_hub_splits(name_or_path, **hub), split, name_or_path)
-    return _group_by_task(rows, split, wanted, name_or_path)
+    return _group_by_task(rows, split, wanted, name_or_path, on_missing_gold)
 
 
 def sample_demonstrations(examples: Sequence[Example], k: int, seed: int) -> list[Example]:
@@ -89,8 +97,8 @@ def _find_task_files(folder: Path, split: str) -> dict[str, Path]:
     return files
 
 
-def _read_task(path: Path, task: str) -> list[Example]:
-    examples = [_parse_example(place, row, task) for place, row in read_rows(path)]
+def _read_task(path: Path, task: str, on_missing_gold: str) -> list[Example]:
+    examples = [_parse_example(place, row, task, on_missing_gold) for place, row in read_rows(path)]
     if not examples:
         raise DataError(f"Expected at least one example in {path}, got an empty file: add some or remove it.")
     return examples
@@ -111,7 +119,11 @@ def _select_hub_rows(splits: Mapping[str, Iterable[Row]], split: str, name: str 
 
 
 def _group_by_task(
-    rows: Iterable[tuple[str, Row]], split: str, wanted: set[str] | None, source: str | Path
+    rows: Iterable[tuple[str, Row]],
+    split: str,
+    wanted: set[str] | None,
+    source: str | Path,
+    on_missing_gold: str,
 ) -> dict[str, list[Example]]:
     # Dictionaries as ordered sets: a row repeated for another seed is the same example.
     groups: dict[str, dict[Example, None]] = {}
@@ -119,7 +131,7 @@ def _group_by_task(
         task = get_text(row, "task", place)
         group = groups.setdefault(task, {})
         if wanted is None or task in wanted:
-            group[_parse_example(place, row, task)] = None
+            group[_parse_example(place, row, task, on_missing_gold)] = None
     _check_known(wanted, groups, split, source)
     return {task: list(groups[task]) for task in sorted(groups if wanted is None else wanted)}
 
@@ -138,7 +150,7 @@ def _check_known(wanted: set[str] | None, known: Collection[str], split: str, so
     )
 
 
-def _parse_example(place: str, row: Row, task: str) -> Example:
+def _parse_example(place: str, row: Row, task: str, on_missing_gold: str) -> Example:
     if row.get("task", task) != task:
         raise DataError(
             f"{place}: expected the task {task!r} of the file's name, got {row['task']!r}: rename the file."
@@ -149,7 +161,7 @@ def _parse_example(place: str, row: Row, task: str) -> Example:
     if len(set(options)) < len(options):
         raise DataError(f"{place}: expected options that differ, got {options!r}: remove the repeated ones.")
     output = get_text(row, "output", place)
-    if options and output not in options:
+    if options and output not in options and on_missing_gold == "error":
         raise DataError(
             f"{place}: expected an output among the options {options!r}, got {output!r}: add or correct it."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -22,19 +23,28 @@ def share_weights(base_model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(base_model, {id(parameter): parameter for parameter in base_model.parameters()})
 
 
-def distil_with(other: MendModel) -> Method:
+@dataclass(frozen=True)
+class BoundMethod:
+    """A method bound to another model than the one that is evaluated.
+
+    Attributes:
+        model: What reads demonstrations and queries.
+        method: How.
+    """
+
+    model: MendModel
+    method: Method
+
+    def __call__(self, _: MendModel, demonstrations: Demonstrations) -> Reader:
+        """Return what has read the demonstrations."""
+        return self.method(self.model, demonstrations)
+
+
+def distil_with(other: MendModel) -> BoundMethod:
     """Return a method that distils with this model's distiller and answers with its base model."""
-
-    def distil(model: MendModel, demonstrations: Demonstrations) -> Reader:
-        return mend(other, demonstrations)
-
-    return distil
+    return BoundMethod(other, mend)
 
 
-def read_with(other: MendModel) -> Method:
+def read_with(other: MendModel) -> BoundMethod:
     """Return in-context learning with this model's base model, such as one that MetaICL tuned."""
-
-    def read(model: MendModel, demonstrations: Demonstrations) -> Reader:
-        return in_context(other, demonstrations)
-
-    return read
+    return BoundMethod(other, in_context)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mend_hf.errors import ConfigError, DataError
+from mend_hf.evaluation.variations import AS_GIVEN
 from mend_hf.files import check_output_folder, read_json, write_json
 
 RESULTS_NAME, SETTINGS_NAME = "results.jsonl", "settings.json"
@@ -24,6 +25,7 @@ class ResultKey(NamedTuple):
     seed: int
     num_demonstrations: int
     scoring: Scoring = "direct"
+    variation: str = AS_GIVEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,20 @@ class TaskResult:
         task: The task's name.
         seed: Fixed the demonstrations.
         num_demonstrations: How many there were.
-        metric: The score's name: `macro_f1` for classification, `accuracy` for multi-choice, `rouge_l` for free form.
+        metric: The score's name: `macro_f1` for classification, `accuracy` for multi-choice, `rouge_l` for free form,
+            if no other was asked for.
         score: From 0 to 1.
+        other_scores: By name: accuracy beside F1, exact match beside ROUGE-L.
         num_queries: How many were asked.
+        num_unanswerable: Of these, how many have a gold answer that is not among their options.
         prefix_slots: Positions that every query attends to in place of the demonstrations.
         prefix_bytes: Size of what is kept for the task between queries.
-        milliseconds_per_query: Mean over the queries, options included.
+        milliseconds_per_query: Median over the batches of queries, options included.
         prepare_milliseconds: Reading or distilling the demonstrations, once.
+        flops_per_query: Floating-point operations, options included; None: the formula does not know the model.
+        prepare_flops: The same for reading or distilling the demonstrations, once.
         scoring: "direct", an option behind the input, or "channel", the input behind an option.
+        variation: How the demonstrations were changed.
     """
 
     method: str
@@ -56,12 +64,17 @@ class TaskResult:
     prefix_bytes: int
     milliseconds_per_query: float
     prepare_milliseconds: float
+    flops_per_query: float | None = None
+    prepare_flops: float | None = None
+    other_scores: dict[str, float] = field(default_factory=dict)
+    num_unanswerable: int = 0
     scoring: Scoring = "direct"
+    variation: str = AS_GIVEN
 
     @property
     def key(self) -> ResultKey:
         """What tells this result from every other one of its evaluation."""
-        return ResultKey(self.task, self.method, self.seed, self.num_demonstrations, self.scoring)
+        return ResultKey(**{name: getattr(self, name) for name in ResultKey._fields})
 
 
 class ResultFolder:
