@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -553,7 +554,61 @@ def test_evaluate_by_channel_is_another_evaluation(mend: Mend, base_folder: Path
     assert result.code == 0, result.err
     [row] = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert row["scoring"] == "channel"
-    assert_refused(mend(*words), "other scoring", "--overwrite")
+    result = mend(*words)
+    assert result.code == 0, result.err
+    table = (tmp_path / "results.md").read_text()
+    assert "| in-context, direct |" in table
+    assert "| in-context, channel |" in table
+
+
+def test_evaluate_changes_demonstrations_and_their_number(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", "--base-model", base_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    words += ["--method", "in-context", "--max-queries", 2, "--output-dir", tmp_path, "--metric", "accuracy"]
+    words += ["--num-demonstrations", "1,2", "--variation", "as given", "--variation", "wrong labels"]
+    result = mend(*words)
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {(row["num_demonstrations"], row["variation"]) for row in rows}
+    assert found == {(1, "as given"), (1, "wrong labels"), (2, "as given"), (2, "wrong labels")}
+    assert {row["metric"] for row in rows} == {"accuracy"}
+    assert "| in-context, k = 2, wrong labels |" in (tmp_path / "results.md").read_text()
+    assert all(row["flops_per_query"] > 0 for row in rows)
+
+
+def test_evaluate_counts_queries_whose_answer_cannot_be_chosen_only_where_asked(
+    mend: Mend, base_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "tasks", tmp_path / "tasks")
+    path = tmp_path / "tasks" / "film.test.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    with path.open("a") as file:
+        file.write(json.dumps(row | {"output": "mixed"}) + "\n")
+    num_lines = len(path.read_text().splitlines())
+    words = ["evaluate", "--base-model", base_folder, "--tasks", tmp_path / "tasks", "--task", "film", "--seeds", "13"]
+    words += ["--method", "zero-shot", "--num-demonstrations", 1, "--output-dir", tmp_path / "out"]
+    assert_refused(mend(*words), f"film.test.jsonl:{num_lines}", "among the options", "'mixed'")
+    assert not (tmp_path / "out").exists()
+    result = mend(*words, "--on-missing-gold", "wrong")
+    assert result.code == 0, result.err
+    [row] = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert (row["num_unanswerable"], row["num_queries"]) == (1, num_lines)
+
+
+def test_a_distiller_trained_anew_in_its_folder_is_another_one(
+    mend: Mend, distiller_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", "--distiller", distiller_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    words += ["--method", "zero-shot", "--num-demonstrations", 1, "--output-dir", tmp_path]
+    assert mend(*words).code == 0
+    path = distiller_folder / "mend_config.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(before) | {"weights_sha256": "0"}))
+        assert_refused(mend(*words), "other distiller_hashes", "--overwrite")
+    finally:
+        path.write_text(before)
 
 
 @pytest.mark.parametrize(
@@ -562,6 +617,9 @@ def test_evaluate_by_channel_is_another_evaluation(mend: Mend, base_folder: Path
         (["--seeds", "13;21"], ["numbers with commas"]),
         (["--method", "magic"], ["zero-shot", "magic"]),
         (["--task", "plants"], ["nearest: plant"]),
+        (["--partition", "class_to_clas"], ["class_to_class, hr_to_lr"]),
+        (["--metric", "bleu"], ["among macro_f1", "bleu"]),
+        (["--variation", "upside down"], ["among as given", "upside down"]),
         (["--num-demonstrations", 50], ["ask for fewer demonstrations"]),
         (["--distiller", "nowhere/at/all"], ["mend_config.json", "nowhere/at/all"]),
     ],

@@ -62,6 +62,62 @@ def test_two_processes_train_save_and_speak_as_one(launcher: list[str], base_fol
         assert_close(of_two[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+def test_two_processes_evaluate_what_one_does(base_folder: Path, tmp_path: Path) -> None:
+    words = [
+        "evaluate",
+        "--base-model",
+        base_folder,
+        "--tasks",
+        EXAMPLES / "data",
+        "--device",
+        "cpu",
+        "--seeds",
+        "13,21",
+    ]
+    words += ["--num-demonstrations", 2, "--max-queries", 3, "--method", "zero-shot", "--method", "in-context"]
+    result = launch(TORCHRUN, *words, "--output-dir", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 tasks, 2 demonstrations") == 1
+    assert run_mend([*words, "--output-dir", tmp_path / "one"]) == 0
+    one, two = (_read_results(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+    assert len(one) == 8
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "results.jsonl",
+        "results.md",
+        "settings.json",
+    ]
+
+
+def test_an_evaluation_goes_on_with_another_number_of_processes(base_folder: Path, tmp_path: Path) -> None:
+    words = [
+        "evaluate",
+        "--base-model",
+        base_folder,
+        "--tasks",
+        EXAMPLES / "data",
+        "--device",
+        "cpu",
+        "--seeds",
+        "13,21",
+    ]
+    words += ["--num-demonstrations", 2, "--max-queries", 2, "--method", "zero-shot", "--output-dir", tmp_path]
+    assert run_mend(words) == 0
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text(lines[0] + lines[1][:30])  # two processes, both killed
+    (tmp_path / "results-1.jsonl").write_text(lines[2])
+    assert run_mend(words) == 0
+    after = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    assert {lines[0], lines[2]} < {*after}
+    assert len(after) == len(lines) == 4
+    assert not (tmp_path / "results-1.jsonl").exists()
+
+
+def _read_results(folder: Path) -> dict[tuple[str, str, int], float]:
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return {(row["task"], row["method"], row["seed"]): row["score"] for row in rows}
+
+
 def test_an_error_says_which_process_it_is_of(tmp_path: Path) -> None:
     words = ["finetune", "--tasks", EXAMPLES / "data", "--output-dir", tmp_path / "out"]
     lines = launch(TORCHRUN, *words).stderr.splitlines()

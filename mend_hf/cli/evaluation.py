@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mend_hf.cli.comparison import load_comparisons, parse_comparisons
 from mend_hf.cli.options import BaseModel, Device, Distiller, load_base_of, wrap_for_answering
+from mend_hf.cli.processes import choose_device, join_processes
 from mend_hf.config import CONFIG_NAME, MendConfig
 from mend_hf.errors import CheckpointError, ConfigError
 from mend_hf.files import fetch_json
@@ -81,7 +82,7 @@ def evaluate(
     from mend_hf.data.partition import load_partition
     from mend_hf.evaluation.evaluator import evaluate_methods
     from mend_hf.evaluation.methods import DISTILLING_METHODS, METHODS, TRAINED_METHODS, pick_methods
-    from mend_hf.evaluation.report import print_tables, write_tables
+    from mend_hf.evaluation.report import label_result, print_tables, write_tables
     from mend_hf.evaluation.results import ResultFolder
     from mend_hf.evaluation.variations import AS_GIVEN
 
@@ -98,38 +99,45 @@ def evaluate(
         "distiller_hashes": [_hash_distiller(place) for place in (distiller, *compared.values())],
         "max_queries": max_queries, "metric": metric, "on_missing_gold": on_missing_gold,
     }  # fmt: skip
-    folder = ResultFolder(output_dir, settings, overwrite=overwrite)
-    wanted = only or (list(load_partition(partition).test) if partition else None)
-    on_missing: Literal["error", "keep"] = "keep" if on_missing_gold == "wrong" else "error"
-    test_tasks = load_tasks(tasks, split="test", tasks=wanted, on_missing_gold=on_missing)
-    train_tasks = load_tasks(tasks, split="train", tasks=sorted(test_tasks))
-    base, tokenizer = load_base_of(distiller, base_model, device)
-    methods |= load_comparisons(compared, base, tokenizer, config)
-    model = wrap_for_answering(base, tokenizer, distiller)
-    console = Console()
-    new_results = evaluate_methods(
-        model,
-        train_tasks,
-        test_tasks,
-        methods,
-        num_demonstrations=counts,
-        seeds=chosen_seeds,
-        variations=variations or [AS_GIVEN],
-        max_queries=max_queries,
-        batch_size=batch_size,
-        scoring=scoring,
-        metric=metric,
-        finished={result.key for result in folder.results},
-    )
-    for result in new_results:
-        folder.add(result)
-        console.print(
-            f"{result.task}, seed {result.seed}, {result.method}: {100 * result.score:.1f} ({result.metric})"
+    with join_processes(device) as processes:
+        folder = ResultFolder(output_dir, settings, overwrite=overwrite, process_index=processes.index)
+        wanted = only or (list(load_partition(partition).test) if partition else None)
+        on_missing: Literal["error", "keep"] = "keep" if on_missing_gold == "wrong" else "error"
+        test_tasks = load_tasks(tasks, split="test", tasks=wanted, on_missing_gold=on_missing)
+        train_tasks = load_tasks(tasks, split="train", tasks=sorted(test_tasks))
+        base, tokenizer = load_base_of(distiller, base_model, choose_device(device))
+        methods |= load_comparisons(compared, base, tokenizer, config)
+        new_results = evaluate_methods(
+            wrap_for_answering(base, tokenizer, distiller),
+            train_tasks,
+            test_tasks,
+            methods,
+            num_demonstrations=counts,
+            seeds=chosen_seeds,
+            variations=variations or [AS_GIVEN],
+            max_queries=max_queries,
+            batch_size=batch_size,
+            scoring=scoring,
+            metric=metric,
+            finished={result.key for result in folder.results},
+            share=(processes.index, processes.number),
         )
-    order = {name: index for index, name in enumerate([*METHODS, *compared])}
-    results = sorted(folder.results, key=lambda result: (result.task, order[result.method], result.seed))
-    write_tables(results, output_dir)
-    print_tables(results, console)
+        processes.wait()  # all know what is there
+        if processes.is_first:
+            folder.start()
+        processes.wait()
+        console = Console()
+        for result in new_results:
+            folder.add(result)
+            label = label_result(result, folder.results)
+            console.print(f"{result.task}, seed {result.seed}, {label}: {100 * result.score:.1f} ({result.metric})")
+        processes.wait()
+        if processes.is_first:
+            folder.finish()
+            order = {name: index for index, name in enumerate([*METHODS, *compared])}
+            results = sorted(folder.results, key=lambda result: (result.task, order[result.method], result.seed))
+            write_tables(results, output_dir)
+            print_tables(results, console)
 
 
 def _parse_numbers(name: str, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mend_hf.cli.options import load_base_model
+from mend_hf.cli.processes import choose_device
 from mend_hf.config import MendConfig
 from mend_hf.errors import ConfigError, MissingExtraError
 from mend_hf.files import check_output_folder, write_json
@@ -124,10 +125,7 @@ def load_for_training(
     from mend_hf.training_args import RECIPES_WITHOUT_DISTILLER
 
     torch.manual_seed(seed)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":  # each of several processes has a GPU of its own
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, device)
+    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, choose_device(device))
     if recipe in RECIPES_WITHOUT_DISTILLER:
         if distiller is not None:
             raise ConfigError(

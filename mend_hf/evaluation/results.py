@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -80,42 +81,56 @@ class TaskResult:
 class ResultFolder:
     """The folder of an evaluation: its settings, and a line for every result.
 
+    Several processes may add results, each to a file of its own, until one of them gathers all in one file.
+
     Args:
-        path: Made with the first result.
+        path: Made when the evaluation starts.
         settings: What must be the same for results to be comparable, JSON-plain.
-        overwrite: Pass over what is there; it is gone with the first new result.
+        overwrite: Pass over what is there; it is gone once the evaluation starts.
+        process_index: This process's number; the first one is 0.
 
     Raises:
         ConfigError: The folder cannot be written into, or holds results of other settings.
-        DataError: What is there is damaged.
+        DataError: What is there is damaged, or of another version.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], *, overwrite: bool = False, process_index: int = 0
+    ) -> None:
         check_output_folder(path)
         self.path = path
         self._settings = settings
-        self.results: list[TaskResult] = [] if overwrite else [TaskResult(**row) for row in self._read()]
-        self._is_started = False
+        self._own = path / (f"results-{process_index}.jsonl" if process_index else RESULTS_NAME)
+        self.results: list[TaskResult] = [] if overwrite else self._read()
+
+    def start(self) -> None:
+        """Write down the settings and the results so far, in one file; one process alone does so, before any adds."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / SETTINGS_NAME, self._settings)
+        self._gather()
 
     def add(self, result: TaskResult) -> None:
         """Keep one more result."""
-        if not self._is_started:
-            self._start()
-        with (self.path / RESULTS_NAME).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        with self._own.open("a", encoding="utf-8") as lines:
+            lines.write(_to_line(result))
         self.results.append(result)
 
-    def _start(self) -> None:
-        """Write down the settings and the results so far, whole lines only."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / SETTINGS_NAME, self._settings)
-        lines = "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in self.results)
-        (self.path / RESULTS_NAME).write_text(lines, encoding="utf-8")
-        self._is_started = True
+    def finish(self) -> None:
+        """Bring the results of all processes into one file; one process alone does so, once all have added theirs."""
+        self.results = self._read()
+        self._gather()
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _gather(self) -> None:
+        """Write the results into one file, whole lines only, and remove the others."""
+        whole = self.path / f".{RESULTS_NAME}"
+        whole.write_text("".join(map(_to_line, self.results)), encoding="utf-8")
+        os.replace(whole, self.path / RESULTS_NAME)
+        for path in self.path.glob("results-*.jsonl"):
+            path.unlink()
+
+    def _read(self) -> list[TaskResult]:
         """Return the results that a run with the same settings left."""
-        results, settings = self.path / RESULTS_NAME, self.path / SETTINGS_NAME
+        settings = self.path / SETTINGS_NAME
         if settings.exists() and (before := read_json(settings)) != self._settings:
             names = [*self._settings, *(name for name in before if name not in self._settings)]
             different = [name for name in names if before.get(name) != self._settings.get(name)]
@@ -123,10 +138,20 @@ class ResultFolder:
                 f"Expected results of the same settings in {self.path}, got other {', '.join(different)}: choose "
                 "another --output-dir, or give --overwrite."
             )
-        if not results.exists():
-            return []
-        *lines, _ = results.read_text(encoding="utf-8").split("\n")  # the last line end is a killed run's last word
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise DataError(f"Expected one JSON object a line in {results}, got {error}: give --overwrite.") from error
+        paths = [self.path / RESULTS_NAME, *sorted(self.path.glob("results-*.jsonl"))]
+        results = [result for path in paths if path.exists() for result in _read_lines(path)]
+        return list({result.key: result for result in results}.values())
+
+
+def _to_line(result: TaskResult) -> str:
+    return json.dumps(dataclasses.asdict(result)) + "\n"
+
+
+def _read_lines(path: Path) -> list[TaskResult]:
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last line end is a killed run's last word
+    try:
+        return [TaskResult(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"Expected one result of this version of mend_hf a line in {path}, got {error}: give --overwrite."
+        ) from error
