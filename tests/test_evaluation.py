@@ -113,6 +113,22 @@ def test_processes_share_the_work_and_lose_none_of_it(model):
     assert {result.key: result.score for part in parts for result in part} == whole
 
 
+def test_what_reads_no_demonstrations_is_asked_once_a_task(model, monkeypatch):
+    tasks = {"films": examples("films"), "books": examples("books")}
+    asked = []
+
+    def note(reader, queries, options, batch_size):
+        asked.append(reader.num_slots)
+        return [[float(len(query)), 1.0] for query in queries]
+
+    monkeypatch.setattr("mend_hf.evaluation.readers.Reader.score_options", note)
+    methods = pick_methods(["zero-shot", "in-context"])
+    results = list(evaluate_methods(model, tasks, tasks, methods, num_demonstrations=2, seeds=[1, 2, 3]))
+    assert asked.count(0) == 2
+    assert len({result.key for result in results}) == len(results) == 2 * 3 * 2
+    assert {result.seed for result in results if result.method == "zero-shot"} == {1, 2, 3}
+
+
 def test_fewer_demonstrations_are_the_first_of_more(model):
     tasks = {"films": examples("films")}
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from mend_hf.data.metaicl import Example, sample_demonstrations
 from mend_hf.errors import ConfigError, DataError, import_extra
 from mend_hf.evaluation.asking import Questions, run_method
 from mend_hf.evaluation.channel import swap_demonstrations
+from mend_hf.evaluation.methods import zero_shot
 from mend_hf.evaluation.metrics import check_metric
 from mend_hf.evaluation.readers import Method
 from mend_hf.evaluation.results import ResultKey, Scoring, TaskResult
@@ -85,6 +87,8 @@ def evaluate_methods(
         vary(train_tasks[task][:1], variation, seed=0)
     part = list(itertools.product(test_tasks, seeds))[share[0] :: share[1]]
 
+    without_demonstrations: dict[str, TaskResult] = {}  # what does not read them is asked once a task
+
     def run() -> Iterator[TaskResult]:
         for (task, seed), count, variation in itertools.product(part, counts, variations):
             demonstrations = vary(sample_demonstrations(train_tasks[task], count, seed), variation, seed)
@@ -92,8 +96,16 @@ def evaluate_methods(
                 demonstrations = swap_demonstrations(demonstrations)
             for name, method in methods.items():
                 key = ResultKey(task, name, seed, count, scoring, variation)
-                if key not in finished:
-                    yield run_method(model, method, demonstrations, questions[task], key, batch_size=batch_size)
+                if key in finished:
+                    continue
+                without = method is zero_shot and without_demonstrations.get(task)
+                if without:
+                    yield dataclasses.replace(without, **key._asdict())
+                    continue
+                result = run_method(model, method, demonstrations, questions[task], key, batch_size=batch_size)
+                if method is zero_shot:
+                    without_demonstrations[task] = result
+                yield result
 
     return run()
 
