@@ -30,7 +30,7 @@ EXTRAS = {
     "quantized": ["optimum-quanto"],
     "train": ["matplotlib"],
 }
-EXTRAS["eval"] = ["evaluate", "scikit-learn", *EXTRAS["data"]]
+EXTRAS["eval"] = ["evaluate", "matplotlib", "pandas", "scikit-learn", *EXTRAS["data"]]
 EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]
 EXTRAS["dev"] = sorted(
     {"hypothesis", "pytest", "ruff", "mypy", "pre-commit", *(name for names in EXTRAS.values() for name in names)}
@@ -45,7 +45,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mend_hf", "mend_hf.*"]),
-    package_data={"mend_hf": ["py.typed", "model_card.md", "data/partitions/*.json"]},
+    package_data={"mend_hf": ["py.typed", "model_card.md", "data/partitions/*.json", "evaluation/report.html"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate",

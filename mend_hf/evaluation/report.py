@@ -149,7 +149,7 @@ def cost_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     text = next((summary for summary in summaries if summary.method == READ_AGAIN), None)
     for summary in summaries:
         paid = ["", ""]
-        if text is not None and summary.prepare_milliseconds > 0 and summary is not text:
+        if text is not None and summary.prefix_slots > 0 and summary is not text:
             own = (summary.prepare_milliseconds, summary.milliseconds_per_query)
             other = (text.prepare_milliseconds, text.milliseconds_per_query)
             counts = [queries_to_pay_off(*own, *other, is_read_again=again) for again in (True, False)]

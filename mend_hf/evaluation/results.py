@@ -138,9 +138,25 @@ class ResultFolder:
                 f"Expected results of the same settings in {self.path}, got other {', '.join(different)}: choose "
                 "another --output-dir, or give --overwrite."
             )
-        paths = [self.path / RESULTS_NAME, *sorted(self.path.glob("results-*.jsonl"))]
-        results = [result for path in paths if path.exists() for result in _read_lines(path)]
-        return list({result.key: result for result in results}.values())
+        return _read_all(self.path)
+
+
+def read_results(folder: Path) -> list[TaskResult]:
+    """Return the results in a folder of an evaluation.
+
+    Raises:
+        DataError: There are none, or they are damaged or of another version.
+    """
+    results = _read_all(folder)
+    if not results:
+        raise DataError(f"Expected a folder with {RESULTS_NAME}, which mend evaluate writes, got {folder}.")
+    return results
+
+
+def _read_all(folder: Path) -> list[TaskResult]:
+    paths = [folder / RESULTS_NAME, *sorted(folder.glob("results-*.jsonl"))]
+    results = [result for path in paths if path.exists() for result in _read_lines(path)]
+    return list({result.key: result for result in results}.values())
 
 
 def _to_line(result: TaskResult) -> str:

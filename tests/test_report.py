@@ -1,0 +1,118 @@
+"""Reports: tables in every format, pictures, and a page that opens from the file system."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from command_line import run_mend
+
+from mend_hf.errors import DataError
+from mend_hf.evaluation.export import difference_rows, make_tables, score_rows, write_report
+from mend_hf.evaluation.plots import find_front
+from mend_hf.evaluation.results import ResultFolder, TaskResult, read_results
+
+Results = list[TaskResult]
+
+
+def result(method: str, task: str, seed: int, score: float, num_demonstrations: int = 2) -> TaskResult:
+    return TaskResult(
+        method=method, task=task, seed=seed, num_demonstrations=num_demonstrations, metric="accuracy", score=score,
+        num_queries=1, prefix_slots=2, prefix_bytes=1_000_000, milliseconds_per_query=3.0, prepare_milliseconds=4.0,
+        flops_per_query=1e9, prepare_flops=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def results() -> Results:
+    scores = {"in-context": (0.4, 0.5), "MEND": (0.6, 0.5)}
+    return [
+        result(method, task, seed, score + 0.01 * seed, count)
+        for method, pair in scores.items()
+        for task, score in zip(("film_<b>", "plant & tree"), pair, strict=True)
+        for seed in (1, 2)
+        for count in (2, 4)
+    ]
+
+
+def keep(folder: Path, results: Results) -> Path:
+    kept = ResultFolder(folder, {})
+    kept.start()
+    for one in results:
+        kept.add(one)
+    return folder
+
+
+def test_a_report_has_every_table_in_every_format(results: Results, tmp_path: Path) -> None:
+    tables = write_report({"cls": results, "qa": results}, tmp_path / "report", "in-context")
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"report.md", "report.tex", "results.json", "index.html", "scores.csv", "methods__cls.csv"} <= names
+    for picture in ("score_against_time", "score_against_demonstrations", "differences_0"):
+        assert {f"cls_{picture}.png", f"cls_{picture}.svg", f"qa_{picture}.png"} <= names
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert all(f"## {title}\n" in markdown for title in tables)
+    with (tmp_path / "report" / "scores.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == tables["Scores"]
+    kept = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [TaskResult(**row) for row in kept["cls"]] == results
+
+
+def test_text_of_others_is_escaped(results: Results, tmp_path: Path) -> None:
+    write_report({"cls": results}, tmp_path, "in-context")
+    page, latex = (tmp_path / "index.html").read_text(), (tmp_path / "report.tex").read_text()
+    assert "film_&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert r"plant \& tree" in latex
+    assert r"film\_<b>" in latex
+    assert page.count("<img ") == 3
+    assert all((tmp_path / name.split('"')[0]).is_file() for name in page.split('src="')[1:])
+
+
+def test_scores_of_several_groups_stand_side_by_side(results: Results) -> None:
+    few = [one for one in results if one.num_demonstrations == 2]
+    rows = score_rows({"a": few, "b": [one for one in few if one.method == "MEND"]})
+    assert rows == [["method", "a", "b", "mean"], ["in-context", "46.5", "", ""], ["MEND", "56.5", "56.5", "56.5"]]
+
+
+def test_methods_are_compared_on_like_demonstrations_only(results: Results) -> None:
+    rows = difference_rows(results, "in-context")
+    assert [row[0] for row in rows[1:]] == ["MEND, k = 2", "MEND, k = 4"]
+    assert rows[1][1] == "+10.0"
+    assert rows[1][-1] == "2"
+    assert len(difference_rows(results, "a method that is not there")) == 1
+
+
+def test_the_front_has_the_points_that_none_beats_in_cost_and_score() -> None:
+    assert find_front([1, 2, 3, 4], [0.2, 0.5, 0.4, 0.6]) == [0, 1, 3]
+    assert find_front([2, 2, 1], [0.5, 0.6, 0.1]) == [2, 1]
+
+
+def test_no_results_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run mend evaluate first"):
+        make_tables({}, "in-context")
+    with pytest.raises(DataError, match="which mend evaluate writes"):
+        read_results(tmp_path)
+
+
+def test_the_command_prints_what_it_wrote(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = keep(tmp_path / "one", results), keep(tmp_path / "two", results)
+    assert run_mend(["report", one, two, "--output-dir", tmp_path / "report"]) == 0
+    printed = capsys.readouterr().out
+    assert "Against in-context: two" in printed
+    assert str(tmp_path / "report" / "index.html") in printed
+    assert max(map(len, printed.splitlines()[:-1])) <= 80
+
+
+def test_folders_of_one_name_and_folders_without_results_are_refused(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = keep(tmp_path / "one", results)
+    assert run_mend(["report", one, one, "--output-dir", tmp_path / "report"]) == 2
+    assert "got one twice: rename one of them" in capsys.readouterr().err
+    assert run_mend(["report", tmp_path, "--output-dir", tmp_path / "report"]) == 2
+    assert "which mend evaluate writes" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
