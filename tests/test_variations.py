@@ -69,10 +69,10 @@ def test_an_unknown_variation_is_refused():
 def test_every_variation_reaches_the_methods_and_is_a_result_of_its_own(tiny_model, tokenizer):
     model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=2), tokenizer).eval()
     tasks = {"films": SHOTS}
-    seen = []
+    seen, before = [], model.mend_config
 
     def note(model, demonstrations):
-        seen.append(tuple(demonstrations))
+        seen.append((tuple(demonstrations), model.mend_config.output_prefix))
         return METHODS["in-context"](model, demonstrations)
 
     settings = {"num_demonstrations": 4, "seeds": [1], "variations": list(VARIATIONS)}
@@ -80,6 +80,8 @@ def test_every_variation_reaches_the_methods_and_is_a_result_of_its_own(tiny_mod
     assert [result.variation for result in results[::2]] == list(VARIATIONS)
     assert len({result.key for result in results}) == 2 * len(VARIATIONS)
     assert len({*seen}) == len(VARIATIONS)
+    assert {prefix for _, prefix in seen} == {before.output_prefix, "\nA:"}
+    assert model.mend_config is before
 
 
 def test_label_variations_are_refused_before_anything_runs(tiny_model, tokenizer):

@@ -57,7 +57,7 @@ def evaluate(
         typer.Option(
             "--variation",
             help="Change the demonstrations; may be repeated: as given; no input; no label; random labels; wrong "
-            "labels; permuted order.",
+            "labels; permuted order; other prompt format.",
         ),
     ] = None,
     metric: Annotated[

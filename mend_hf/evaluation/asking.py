@@ -18,6 +18,7 @@ from mend_hf.evaluation.metrics import compute_metric
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.evaluation.results import ResultKey, Scoring, TaskResult
 from mend_hf.evaluation.scoring import batch_by_length
+from mend_hf.evaluation.variations import in_format_of
 from mend_hf.model import MendModel
 
 
@@ -62,19 +63,21 @@ def run_method(
         batch_size: Queries read at once.
     """
     own = method.model if isinstance(method, BoundMethod) else model
-    with count_flops(own) as preparing:
-        start = _measure_time(own)
-        reader = method(model, demonstrations)
-        prepared = _measure_time(own)
     queries = questions.queries
     predictions, milliseconds = [""] * len(queries), []
-    with count_flops(own) as asking:
-        for rows in _make_batches(own, questions, key.scoring, batch_size):
-            before = _measure_time(own)
-            answers = _answer(reader, [queries[row] for row in rows], questions.is_free_form, key.scoring, batch_size)
-            milliseconds.append(1000 * (_measure_time(own) - before) / len(rows))
-            for row, answer in zip(rows, answers, strict=True):
-                predictions[row] = answer
+    with in_format_of(key.variation, own):
+        with count_flops(own) as preparing:
+            start = _measure_time(own)
+            reader = method(model, demonstrations)
+            prepared = _measure_time(own)
+        with count_flops(own) as asking:
+            for rows in _make_batches(own, questions, key.scoring, batch_size):
+                before = _measure_time(own)
+                part = [queries[row] for row in rows]
+                answers = _answer(reader, part, questions.is_free_form, key.scoring, batch_size)
+                milliseconds.append(1000 * (_measure_time(own) - before) / len(rows))
+                for row, answer in zip(rows, answers, strict=True):
+                    predictions[row] = answer
     gold = [query.output for query in queries]
     score, *others = (
         compute_metric(name, predictions, gold, labels=questions.labels)

@@ -6,15 +6,19 @@ After Min et al., "Rethinking the Role of Demonstrations", EMNLP 2022, arXiv 220
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from mend_hf.data.metaicl import Example
 from mend_hf.demonstrations import Demonstration
 from mend_hf.errors import ConfigError, DataError
+from mend_hf.model import MendModel
+from mend_hf.prompt_format import change_prompt_format
 
 Variation = Callable[[Sequence[Example], random.Random], list[Demonstration]]
 
-AS_GIVEN = "as given"
+AS_GIVEN, OTHER_FORMAT = "as given", "other prompt format"
+OTHER_TEXTS = {"input_prefix": "Q: ", "output_prefix": "\nA:"}
 
 
 def as_given(examples: Sequence[Example], rng: random.Random) -> list[Demonstration]:
@@ -57,7 +61,23 @@ VARIATIONS: dict[str, Variation] = {
     "random labels": random_labels,
     "wrong labels": wrong_labels,
     "permuted order": permuted_order,
+    OTHER_FORMAT: as_given,  # demonstrations and queries are written otherwise, see `in_format_of`
 }
+
+
+@contextmanager
+def in_format_of(variation: str, model: MendModel) -> Iterator[None]:
+    """Let a model write demonstrations and queries as `Q:` and `A:` inside the block, where a variation asks for it.
+
+    Not for a model that another thread uses meanwhile.
+    """
+    before = model.mend_config
+    if variation == OTHER_FORMAT:
+        model.mend_config = change_prompt_format(before, OTHER_TEXTS)
+    try:
+        yield
+    finally:
+        model.mend_config = before
 
 
 def vary(examples: Sequence[Example], variation: str, seed: int) -> list[Demonstration]:
