@@ -27,6 +27,7 @@ EXTRAS = {
     "data": ["datasets", "pyarrow", "zstandard"],
     "gguf": ["gguf"],
     "docs": ["sphinx", "myst-parser", "furo"],
+    "lm_eval": ["lm-eval"],
     "quantized": ["optimum-quanto"],
     "train": ["matplotlib"],
 }
