@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_chat import chat_tokenizer
-from tiny_models import build_tiny_model, ids_of
+from tiny_models import build_tiny_model, ids_of, wrap_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mend_hf import MendModel
+from mend_hf.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from mend_hf.evaluation.scoring import score_options
 
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from mend_hf.integrations.lm_eval import MendLM  # noqa: E402
+from mend_hf.integrations.lm_eval import Conversation, MendLM  # noqa: E402
 
 SHOTS = (("great film", "positive"), ("the food was bad", "negative"))
 # No white space before an answer: `hf` would count its likelihood as the answer's.
@@ -24,6 +29,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
+CHAT = {"apply_chat_template": True, "fewshot_as_multiturn": True}
 ROWS = [
     {"text": "very funny", "label": "positive"},
     {"text": "the food was bad and slow", "label": "negative"},
@@ -77,6 +83,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_list_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness asks pip, for seconds, what is installed, to log it."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+
+
 def evaluate(model: Any, tasks: Path, name: str, num_fewshot: int, **options: Any) -> list[Any]:
     """Return what a model said to every document of a task, as the harness logs it."""
     result = lm_eval.simple_evaluate(
@@ -122,16 +134,128 @@ def test_the_likelihood_of_whole_texts_is_hfs(base, tasks):
 @pytest.mark.parametrize("name", ["choose", "choose_drawn"])
 def test_a_prefix_that_keeps_every_token_gives_hfs_few_shot_likelihoods(base, tasks, name, monkeypatch):
     monkeypatch.setattr(MendModel, "distill", MendModel.read)
-    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True}
-    expected = evaluate(hf(base), tasks, name, 2, **chat)
-    found = evaluate(mend(base, prompt_format="chat"), tasks, name, 2, **chat)
+    expected = evaluate(hf(base), tasks, name, 2, **CHAT)
+    found = evaluate(mend(base, prompt_format="chat"), tasks, name, 2, **CHAT)
     assert likelihoods(found) == pytest.approx(likelihoods(expected), abs=1e-4)
     assert [response[0][1] for response in found] == [response[0][1] for response in expected]
 
 
 def test_a_prefix_that_keeps_every_token_writes_what_hf_writes(base, tasks, monkeypatch):
     monkeypatch.setattr(MendModel, "distill", MendModel.read)
-    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True}
-    found = evaluate(mend(base, prompt_format="chat"), tasks, "write", 2, **chat)
-    assert found == evaluate(hf(base), tasks, "write", 2, **chat)
+    found = evaluate(mend(base, prompt_format="chat"), tasks, "write", 2, **CHAT)
+    assert found == evaluate(hf(base), tasks, "write", 2, **CHAT)
     assert all(text for response in found for text in response)
+
+
+@pytest.fixture(scope="module")
+def distiller(base, tmp_path_factory) -> str:
+    """A folder with a distiller of the base model, in the plain format, that training seems to have changed."""
+    folder = tmp_path_factory.mktemp("distiller")
+    model = wrap_tiny_model(
+        AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), num_virtual_tokens=3, lora_r=2
+    )
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_distillers_likelihoods_are_those_of_its_own_prompt_format(base, distiller, tasks):
+    model = mend(None, distiller=distiller)
+    found = likelihoods(evaluate(model, tasks, "choose", 2, **CHAT))
+    queries, options = [row["text"] for row in ROWS], ["positive", "negative"]
+    prefix = model.model.distill(list(SHOTS)).prefix
+    means = score_options(model.model, queries, [options] * len(ROWS), prefix)
+    num_tokens = [len(model.model.prompt.encode_answer(option)) for option in options]
+    expected = [mean * num for row in means for mean, num in zip(row, num_tokens, strict=True)]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_distiller_writes_what_it_writes_outside_the_harness(distiller, tasks):
+    model = mend(None, distiller=distiller)
+    found = [response[0] for response in evaluate(model, tasks, "write", 2, **CHAT)]
+    queries = [row["text"] for row in ROWS]
+    written = model.model.answer(queries, list(SHOTS), max_new_tokens=5)
+    assert [text.strip() for text in found] == [text.split("\n")[0].strip() for text in written]
+
+
+@pytest.mark.parametrize(("name", "num_sets"), [("choose", 1), ("choose_drawn", 3)])
+def test_every_distinct_set_of_shots_is_distilled_once_and_several_at_once(base, tasks, name, num_sets, monkeypatch):
+    sizes, distill = [], MendModel.distill
+    monkeypatch.setattr(MendModel, "distill", lambda self, shots: sizes.append(len(shots)) or distill(self, shots))
+    samples = evaluate(mend(base), tasks, name, 2, **CHAT)
+    assert len(samples) == 6
+    assert sizes == [min(2, num_sets - start) for start in range(0, num_sets, 2)]
+
+
+def test_a_description_is_distilled_with_the_first_shot(base, tasks, monkeypatch):
+    seen, distill = [], MendModel.distill
+    monkeypatch.setattr(MendModel, "distill", lambda self, shots: seen.extend(shots) or distill(self, shots))
+    evaluate(mend(base), tasks, "choose_described", 2, **CHAT)
+    assert seen == [[("the film was\n\ngreat film", "positive"), SHOTS[1]]]
+
+
+@pytest.mark.parametrize("answer_start", ["", "The answer is"])
+def test_a_conversation_survives_its_context(answer_start):
+    conversation = Conversation(SHOTS, 'a "quoted"\nquery', answer_start)
+    assert Conversation.from_context(conversation.to_context()) == conversation
+    assert Conversation.from_context(conversation.query) is None
+
+
+def test_an_answer_that_is_begun_goes_on_as_one_text(base):
+    model = mend(base)
+    ids, rest = model._encode_pair(Conversation(SHOTS, "very funny", "the film").to_context(), " was good")
+    prompt = model.model.prompt
+    assert ids + rest == prompt.encode_query("very funny") + prompt.encode_answer("the film was good")
+    assert ids == prompt.encode_query("very funny") + prompt.encode_answer("the film")
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"apply_chat_template": True, "fewshot_as_multiturn": False}], ids=["one text", "one turn"]
+)
+def test_shots_that_cannot_be_told_apart_are_refused(base, tasks, how):
+    with pytest.raises(DataError, match="give --num_fewshot and --apply_chat_template"):
+        evaluate(mend(base), tasks, "choose", 2, **how)
+
+
+def test_a_distiller_of_another_base_model_is_refused(distiller, tmp_path):
+    tokenizer = chat_tokenizer(TEMPLATE)
+    build_tiny_model("gpt2", **ids_of(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="base model"):
+        mend(str(tmp_path), distiller=distiller)
+
+
+def test_models_that_are_not_named_or_not_there_are_refused(distiller, tmp_path):
+    with pytest.raises(ConfigError, match="pretrained="):
+        mend(None)
+    with pytest.raises(ConfigError, match="in a folder or on the Hub"):
+        mend(str(tmp_path))
+    with pytest.raises(ConfigError, match="leave it out"):
+        mend(None, distiller=distiller, prompt_format="chat")
+
+
+def test_a_missing_harness_is_named_with_the_extra_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "mend_hf.integrations.lm_eval")
+    with pytest.raises(MissingExtraError, match=r"mend_hf\[lm_eval\]"):
+        importlib.import_module("mend_hf.integrations.lm_eval")
+
+
+def run_harness(monkeypatch: pytest.MonkeyPatch, tasks: Path, distiller: str, *options: str) -> None:
+    arguments = ["run", "--model", "mend", "--model_args", f"distiller={distiller}", "--tasks", "choose"]
+    arguments += ["--include_path", str(tasks), "--num_fewshot", "2", "--device", "cpu", "--batch_size", "2"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments, *options])
+    importlib.import_module("mend_hf.integrations.lm_eval").main()
+
+
+def test_the_command_line_evaluates_a_distiller(distiller, tasks, monkeypatch, capsys):
+    run_harness(monkeypatch, tasks, distiller, "--apply_chat_template")
+    table = capsys.readouterr().out
+    assert "|choose|" in table
+    assert "2|acc" in table.replace(" ", "")
+
+
+def test_the_command_line_says_in_one_line_that_the_messages_are_missing(distiller, tasks, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_harness(monkeypatch, tasks, distiller)
+    assert stopped.value.code == 2
+    assert "error: Expected few-shot examples apart from the query" in capsys.readouterr().err
