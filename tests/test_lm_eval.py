@@ -19,9 +19,10 @@ from mend_hf.evaluation.scoring import score_options
 
 lm_eval = pytest.importorskip("lm_eval")
 
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from mend_hf.integrations.lm_eval import Conversation, MendLM  # noqa: E402
+from mend_hf.integrations.lm_eval import Conversation, MendLM, main  # noqa: E402
 
 SHOTS = (("great film", "positive"), ("the food was bad", "negative"))
 # No white space before an answer: `hf` would count its likelihood as the answer's.
@@ -240,22 +241,37 @@ def test_a_missing_harness_is_named_with_the_extra_that_installs_it(monkeypatch)
         importlib.import_module("mend_hf.integrations.lm_eval")
 
 
-def run_harness(monkeypatch: pytest.MonkeyPatch, tasks: Path, distiller: str, *options: str) -> None:
-    arguments = ["run", "--model", "mend", "--model_args", f"distiller={distiller}", "--tasks", "choose"]
-    arguments += ["--include_path", str(tasks), "--num_fewshot", "2", "--device", "cpu", "--batch_size", "2"]
-    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments, *options])
-    importlib.import_module("mend_hf.integrations.lm_eval").main()
+@pytest.mark.parametrize(
+    ("prompt_format", "until", "expected"),
+    [
+        ("plain", ["Question:"], ["Question:", "\n\nInput:"]),
+        ("plain", "\n", ["\n", "\n\nInput:"]),
+        ("chat", None, ["</s>"]),
+    ],
+)
+def test_writing_stops_where_another_demonstration_begins(base, prompt_format, until, expected):
+    model = mend(base, prompt_format=prompt_format)
+    request = Instance("generate_until", {}, (Conversation(SHOTS, "very funny").to_context(), {"until": until}), 0)
+    assert model._stop_at_next_demonstration(request).args == (request.args[0], {"until": expected})
+    assert request.args[1] == {"until": until}
 
 
 def test_the_command_line_evaluates_a_distiller(distiller, tasks, monkeypatch, capsys):
-    run_harness(monkeypatch, tasks, distiller, "--apply_chat_template")
+    arguments = f"run --model mend --model_args distiller={distiller} --tasks choose --include_path {tasks}"
+    arguments += " --num_fewshot 2 --apply_chat_template --device cpu --batch_size 2"
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments.split()])
+    main()
     table = capsys.readouterr().out
     assert "|choose|" in table
     assert "2|acc" in table.replace(" ", "")
 
 
-def test_the_command_line_says_in_one_line_that_the_messages_are_missing(distiller, tasks, monkeypatch, capsys):
+def test_the_command_line_says_a_known_error_in_one_line(monkeypatch, capsys):
+    def refuse() -> None:
+        raise DataError("Expected this, got that: do so.")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", refuse)
     with pytest.raises(SystemExit) as stopped:
-        run_harness(monkeypatch, tasks, distiller)
+        main()
     assert stopped.value.code == 2
-    assert "error: Expected few-shot examples apart from the query" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: Expected this, got that: do so.\n"
