@@ -84,6 +84,22 @@ def test_every_variation_reaches_the_methods_and_is_a_result_of_its_own(tiny_mod
     assert model.mend_config is before
 
 
+def test_zero_shot_is_asked_again_only_where_the_queries_are_written_otherwise(tiny_model, tokenizer, monkeypatch):
+    model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=2), tokenizer).eval()
+    prefixes = []
+
+    def note(reader, queries, options, batch_size):
+        prefixes.append(reader.model.mend_config.output_prefix)
+        return [[0.0, 1.0, 0.5] for _ in queries]
+
+    monkeypatch.setattr("mend_hf.evaluation.readers.Reader.score_options", note)
+    tasks, methods = {"films": SHOTS}, pick_methods(["zero-shot"])
+    settings = {"num_demonstrations": 2, "seeds": [1, 2], "variations": list(VARIATIONS)}
+    results = list(evaluate_methods(model, tasks, tasks, methods, **settings))
+    assert len(results) == 2 * len(VARIATIONS)
+    assert prefixes == [model.mend_config.output_prefix, "\nA:"]
+
+
 def test_label_variations_are_refused_before_anything_runs(tiny_model, tokenizer):
     model = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=2), tokenizer).eval()
     tasks = {"free": [Example("free", "a film", "good")]}

@@ -16,7 +16,7 @@ from mend_hf.evaluation.methods import zero_shot
 from mend_hf.evaluation.metrics import check_metric
 from mend_hf.evaluation.readers import Method
 from mend_hf.evaluation.results import ResultKey, Scoring, TaskResult
-from mend_hf.evaluation.variations import AS_GIVEN, vary
+from mend_hf.evaluation.variations import AS_GIVEN, OTHER_FORMAT, vary
 from mend_hf.model import MendModel
 
 SEEDS = (13, 21, 42, 87, 100)
@@ -87,7 +87,8 @@ def evaluate_methods(
         vary(train_tasks[task][:1], variation, seed=0)
     part = list(itertools.product(test_tasks, seeds))[share[0] :: share[1]]
 
-    without_demonstrations: dict[str, TaskResult] = {}  # what does not read them is asked once a task
+    # What reads no demonstrations is asked once a task, and once more where the queries are written otherwise.
+    without_demonstrations: dict[tuple[str, bool], TaskResult] = {}
 
     def run() -> Iterator[TaskResult]:
         for (task, seed), count, variation in itertools.product(part, counts, variations):
@@ -98,13 +99,14 @@ def evaluate_methods(
                 key = ResultKey(task, name, seed, count, scoring, variation)
                 if key in finished:
                     continue
-                without = method is zero_shot and without_demonstrations.get(task)
-                if without:
+                asked = (task, variation == OTHER_FORMAT)
+                without = without_demonstrations.get(asked) if method is zero_shot else None
+                if without is not None:
                     yield dataclasses.replace(without, **key._asdict())
                     continue
                 result = run_method(model, method, demonstrations, questions[task], key, batch_size=batch_size)
                 if method is zero_shot:
-                    without_demonstrations[task] = result
+                    without_demonstrations[asked] = result
                 yield result
 
     return run()
