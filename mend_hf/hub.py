@@ -63,15 +63,21 @@ def _check_sizes(config: MendConfig, headers: Headers, name_or_path: str | Path)
         for name, header in headers.items()
         if not header.is_floating_point
     ]
-    sizes = [("placeholders", 0, config.num_virtual_tokens)]
-    sizes += [(name, 0, config.lora_r) for name in headers if name.endswith(".lora_A.weight")]
-    sizes += [(name, 1, config.lora_r) for name in headers if name.endswith(".lora_B.weight")]
-    for name, axis, size in sizes:
-        shape = headers[name].shape if name in headers else ()
-        if len(shape) != 2 or shape[axis] != size:
-            expected = "(n, {})" if axis else "({}, n)"
-            problems.append(f"{name}: expected shape {expected.format(size)}, got {shape}")
+    placeholders = headers["placeholders"].shape if "placeholders" in headers else ()
+    if placeholders[:1] != (config.num_virtual_tokens,):
+        problems.append(f"placeholders: expected shape ({config.num_virtual_tokens}, n), got {placeholders}")
+    for name, header in headers.items():
+        for ending, axis in ((".lora_A.weight", 0), (".lora_B.weight", 1)):
+            # The experts of a mixture have their ranks side by side.
+            if name.endswith(ending) and not _is_multiple(header.shape[axis : axis + 1], config.lora_r):
+                problems.append(
+                    f"{name}: expected a multiple of rank {config.lora_r} along axis {axis}, got {header.shape}"
+                )
     _refuse(problems, len(headers), name_or_path)
+
+
+def _is_multiple(size: tuple[int, ...], of: int) -> bool:
+    return len(size) == 1 and of > 0 and size[0] > 0 and size[0] % of == 0
 
 
 def check_tensor_names(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], name_or_path: str | Path) -> None:

@@ -250,6 +250,11 @@ class FewShotClassificationPipeline(FewShotPipeline):
                 f"Expected the answers to choose from as a list of texts, got {options!r}: pass options=[...] or give "
                 f'the input {question.query!r} "options" of its own.'
             )
+        if len({*options}) < max(len(options), 2):
+            raise DataError(
+                f"Expected two or more different options to choose from, got {list(options)!r} for "
+                f"{question.query!r}: correct them."
+            )
         return _Question(question.query, question.demonstrations, tuple(options))
 
     def _forward(  # type: ignore[override]
