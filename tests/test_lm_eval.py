@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tiny_models import build_tiny_model, ids_of, wrap_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mend_hf import MendModel
+from mend_hf.auto import load_language_model
 from mend_hf.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from mend_hf.evaluation.scoring import score_options
 
@@ -187,6 +189,13 @@ def test_every_distinct_set_of_shots_is_distilled_once_and_several_at_once(base,
     assert sizes == [min(2, num_sets - start) for start in range(0, num_sets, 2)]
 
 
+def test_cached_requests_are_not_shared_with_hf(base, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path))
+    expected = evaluate(hf(base), tasks, "choose", 2, **CHAT)
+    evaluate(mend(base), tasks, "choose", 2, cache_requests=True, **CHAT)
+    assert evaluate(hf(base), tasks, "choose", 2, cache_requests=True, **CHAT) == expected
+
+
 def test_a_description_is_distilled_with_the_first_shot(base, tasks, monkeypatch):
     seen, distill = [], MendModel.distill
     monkeypatch.setattr(MendModel, "distill", lambda self, shots: seen.extend(shots) or distill(self, shots))
@@ -223,6 +232,32 @@ def test_a_distiller_of_another_base_model_is_refused(distiller, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="base model"):
         mend(str(tmp_path), distiller=distiller)
+
+
+@pytest.mark.parametrize(
+    ("named", "options", "expected"),
+    [(False, {}, "pinned"), (False, {"revision": "asked"}, "asked"), (True, {}, "main")],
+)
+def test_the_base_model_is_of_the_revision_that_the_distiller_names(
+    base, distiller, tmp_path, monkeypatch, named, options, expected
+):
+    shutil.copytree(distiller, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "mend_config.json").read_text())
+    (tmp_path / "mend_config.json").write_text(json.dumps(config | {"base_model_revision": "pinned"}))
+    revisions, load = [], load_language_model
+    monkeypatch.setattr(
+        "mend_hf.integrations.lm_eval.load_language_model",
+        lambda name, **kwargs: revisions.append(kwargs["revision"]) or load(name, **kwargs),
+    )
+    model = mend(base if named else None, distiller=str(tmp_path), **options)
+    assert revisions == [expected]
+    assert model.get_model_info()["model_revision"] == expected
+
+
+@pytest.mark.parametrize("name", ["choose", "write"])
+def test_examples_that_fill_the_window_are_refused(base, tasks, name):
+    with pytest.raises(DataError, match=r"window of 20 tokens, got examples that take 20 positions.*--num_fewshot"):
+        evaluate(mend(base, max_length=20), tasks, name, 2, **CHAT)
 
 
 def test_models_that_are_not_named_or_not_there_are_refused(distiller, tmp_path):

@@ -119,7 +119,7 @@ class MendLM(HFLM):  # type: ignore[misc, unused-ignore]
         prompt_format: Of the training-free anchors; a distiller brings its own.
         allow_zero_shot: Answer requests without examples, and contexts of one text, as `hf` does. Without it they are
             refused, for the harness may have joined examples into such a text.
-        revision: Of the base model.
+        revision: Of the base model. None: the one that the distiller names with its base model, else "main".
         gguf_file: A quantised file in `pretrained`.
         device: "cpu", "cuda", "mps" ... None: a GPU if there is one.
         dtype: Of the base model's weights; "auto": as saved.
@@ -138,7 +138,7 @@ class MendLM(HFLM):  # type: ignore[misc, unused-ignore]
         *,
         prompt_format: Literal["plain", "chat"] | None = None,
         allow_zero_shot: bool = False,
-        revision: str = "main",
+        revision: str | None = None,
         gguf_file: str | None = None,
         device: str | None = None,
         dtype: str | torch.dtype = "auto",
@@ -154,6 +154,7 @@ class MendLM(HFLM):  # type: ignore[misc, unused-ignore]
         name = pretrained or config.base_model_name_or_path
         if name is None:
             raise ConfigError("Expected pretrained=... or a distiller that names its base model, got neither.")
+        revision = revision or (config.base_model_revision if pretrained is None else None) or "main"
         files = {"revision": revision} | ({"gguf_file": gguf_file} if gguf_file else {})
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -172,7 +173,7 @@ class MendLM(HFLM):  # type: ignore[misc, unused-ignore]
             model = get_mend_model(base_model, free, tokenizer).eval()
         else:
             model = MendModel.from_pretrained(base_model, distiller, tokenizer, config=config).eval()
-        super().__init__(model, tokenizer=tokenizer, **harness)
+        super().__init__(model, tokenizer=tokenizer, revision=revision, **harness)
         self.allow_zero_shot = allow_zero_shot
         # What is asked is read whole: the budget of a demonstration bounds the distiller's work, not the query's.
         self._prompt = PromptEncoder(
@@ -181,8 +182,23 @@ class MendLM(HFLM):  # type: ignore[misc, unused-ignore]
 
     @property
     def max_length(self) -> int:
-        """Tokens that may stand behind what is distilled."""
-        return int(super().max_length) - self._num_taken_positions
+        """Tokens that may stand behind what is distilled.
+
+        Raises:
+            DataError: None may.
+        """
+        window, num_taken = int(super().max_length), self._num_taken_positions
+        if num_taken >= window:
+            raise DataError(
+                f"Expected few-shot examples that leave room for a query in a window of {window} tokens, got examples "
+                f"that take {num_taken} positions: lower --num_fewshot."
+            )
+        return window - num_taken
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What `--cache_requests` tells requests apart by; `mend` writes other contexts than `hf` with a tokenizer."""
+        return f"mend-{super().tokenizer_name}"
 
     @property
     def _num_taken_positions(self) -> int:
