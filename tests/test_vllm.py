@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vllm_export import ask
 from weights import NAME
 
-from mend_hf import MendModel
+from mend_hf import DistilledDemonstrations, MendConfig, MendModel, get_mend_model
 from mend_hf.errors import CheckpointError, ConfigError, DataError, MendError, ShapeError, UnsupportedModelError
 from mend_hf.integrations.vllm import make_completion_request, make_prompt_embeds
 
@@ -110,6 +110,20 @@ def test_a_chat_goes_on_behind_the_vectors_and_is_not_opened_again() -> None:
 def test_raw_and_distilled_demonstrations_give_the_same_embeds(llama: MendModel, embeds: Tensor) -> None:
     batch = llama.distill([[("bad", "negative")], SHOTS])
     torch.testing.assert_close(make_prompt_embeds(llama, batch[1], QUERY), embeds)
+
+
+def test_saved_vectors_need_no_distiller_that_makes_vectors(
+    tiny_model: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    llama: MendModel,
+    embeds: Tensor,
+    tmp_path: Path,
+) -> None:
+    llama.distill(SHOTS).save_pretrained(tmp_path)
+    client = get_mend_model(tiny_model("llama"), MendConfig(), tokenizer)
+    made = make_prompt_embeds(client, DistilledDemonstrations.from_pretrained(tmp_path), QUERY)
+    assert client.mend_config.prefix_form == "kv"
+    assert torch.equal(made, embeds)
 
 
 def test_the_vectors_of_several_chunks_all_stand_in_front(llama: MendModel, embeds: Tensor) -> None:

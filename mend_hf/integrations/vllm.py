@@ -131,7 +131,7 @@ def _distil_one_task(model: MendModel, demonstrations: Any) -> DistilledDemonstr
     if form != "embeds":
         raise ConfigError(
             'Expected prefix_form="embeds", whose vectors vLLM takes in place of tokens, got "kv", keys and values of '
-            'every layer, which it does not: train a distiller with prefix_form="embeds" and distil with that one.'
+            'every layer, which no request carries: train a distiller with prefix_form="embeds" and distil with it.'
         )
     distilled: DistilledDemonstrations = demonstrations if is_distilled else model.distill(demonstrations)
     if len(distilled) != 1:
