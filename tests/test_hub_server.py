@@ -8,10 +8,10 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from hub_server import Hub, run_hub
 from huggingface_hub import EvalResult, constants
 from huggingface_hub.hf_api import api
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from transformers.utils import hub as transformers_hub
 
 from mend_hf import (
     AutoMendModel,
@@ -42,28 +41,8 @@ from mend_hf.evaluation.results import RESULTS_NAME, TaskResult
 from mend_hf.hub import push_distiller_folder
 from mend_hf.pull import pull
 
+ROOT = Path(__file__).parents[1]
 SHOTS = [("great film", "positive"), ("a bore", "negative")]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub of its own a test, to which the client in this process speaks as "user"."""
-    with run_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the protocol of large files that is spoken here
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-        monkeypatch.setattr(api, "endpoint", server.url)
-        monkeypatch.setattr(transformers_hub, "_hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", "secret")
-        huggingface_hub.close_session()
-        yield server
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -623,3 +602,10 @@ def test_a_new_process_finds_the_hub_in_its_environment(hub, model, tmp_path):
     command = [sys.executable, "-m", "mend_hf.cli", "pull", "user/mend-x", "--output-dir", str(tmp_path / "copy")]
     subprocess.run(command, env=os.environ | own, check=True, capture_output=True, timeout=120)
     assert_equal(MendModel.from_pretrained(model.unload(), tmp_path / "copy"), model)
+
+
+def test_the_example_pushes_and_pulls(hub, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["push_and_pull.py", "user/mend-x", "--tiny"])
+    runpy.run_path(str(ROOT / "examples" / "push_and_pull.py"), run_name="__main__")
+    assert set(hub.repositories) == {"user/mend-x", "user/mend-x-prompts"}
+    assert "moving and funny: " in capsys.readouterr().out

@@ -107,7 +107,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", sorted({*have_pages("python"), *have_pages("bash", "mend ")}), ids=show)
-def test_blocks_run(page: Path, clone: Path) -> None:
+def test_blocks_run(page: Path, clone: Path, request: pytest.FixtureRequest) -> None:
+    if page.name == "hub.md":
+        request.getfixturevalue("hub")
     run_blocks(page)
 
 
