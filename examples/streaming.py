@@ -35,7 +35,7 @@ def stream_answer(model: MendModel, query: str, demonstrations: DistilledDemonst
         answers.result()
 
     def send() -> Iterator[str]:
-        for piece in chain([first], streamer):
+        for piece in filter(None, chain([first], streamer)):  # a part of a word is an empty piece
             yield f"data: {json.dumps(piece)}\n\n"
         yield f"event: answer\ndata: {json.dumps(answers.result()[0])}\n\n"
 

@@ -112,7 +112,8 @@ def read_events(client: httpx.Client, **asked: str) -> tuple[list[str], str]:
 def test_a_stream_brings_the_answer_in_pieces_and_then_as_a_whole(client):
     name = post_task(client)
     pieces, answer = read_events(client, id=name, query=QUERIES[0])
-    assert len([piece for piece in pieces if piece]) > 1
+    assert len(pieces) > 1
+    assert all(pieces)
     assert "".join(pieces).strip().startswith(answer)
     assert answer == ask(client, id=name)[0] != ""
 
