@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from tiny import load_tiny
 
-from mend_hf import MendModel
+from mend_hf import DistilledDemonstrations, MendModel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -83,3 +85,16 @@ def test_methods_are_compared_and_the_report_is_written(run: Run, tmp_path: Path
     slots = {result["method"]: result["prefix_slots"] for result in results}
     assert slots["zero-shot"] == 0 < slots["last 4"] < slots["in-context"]
     assert "last 4" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    [parameters] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source += f"\ntiny, output_dir = True, {str(tmp_path / 'kept')!r}"
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    printed = [output.text for cell in cells for output in cell.outputs if output.get("name") == "stdout"]
+    kept = DistilledDemonstrations.from_pretrained(tmp_path / "kept")
+    assert f"16 demonstrations, {kept.provenance.num_tokens[0]} tokens -> {kept.num_slots} slots" in printed[0]
+    assert "Has my order left the warehouse yet?" in printed[-1]
