@@ -10,6 +10,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from nbclient import NotebookClient
 from tiny import load_tiny
 
@@ -75,6 +78,19 @@ def test_a_distiller_is_trained_on_a_file_of_ones_own(run: Run, tmp_path: Path) 
     assert "after 2 steps" in printed
     model = MendModel.from_pretrained(load_tiny()[0], "trained", load_tiny()[1])
     assert any(tensor.any() for name, tensor in model.state_dict().items() if "lora_B" in name)
+
+
+def test_the_service_starts_with_the_folder_and_port_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[FastAPI, int]] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, port: started.append((app, port)))
+    run("serve.py", "--folder", "kept", "--port", "8123")
+    [(app, port)] = started
+    assert port == 8123
+    posted = TestClient(app).post("/demonstrations", json={"demonstrations": [["great film", "positive"]]}).json()
+    kept = DistilledDemonstrations.from_pretrained(tmp_path / "kept", name=posted["id"])
+    assert (kept.num_slots, kept.provenance.num_tokens) == (posted["slots"], [posted["tokens_read"]])
 
 
 def test_methods_are_compared_and_the_report_is_written(run: Run, tmp_path: Path) -> None:
