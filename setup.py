@@ -46,7 +46,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mend_hf", "mend_hf.*"]),
-    package_data={"mend_hf": ["py.typed", "model_card.md", "data/partitions/*.json", "evaluation/report.html"]},
+    package_data={
+        "mend_hf": [
+            "py.typed",
+            "demonstrations_card.md",
+            "model_card.md",
+            "data/partitions/*.json",
+            "evaluation/report.html",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
         "accelerate",

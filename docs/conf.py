@@ -1,4 +1,4 @@
-"""Settings of Sphinx, and the two tables that are made from the code: commands and config fields."""
+"""Settings of Sphinx, and the two lists that are made from the code: commands and config fields."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
 COMMANDS, FIELDS = "<!-- commands -->", "<!-- fields of MendConfig -->"
+MADE_FROM_CODE = ["reference/cli", "reference/api"]
 
 
 def describe_commands() -> Iterator[str]:
@@ -40,20 +41,25 @@ def describe_commands() -> Iterator[str]:
     for name, command in group.commands.items():
         yield f"## mend {name}\n"
         yield inspect.cleandoc(command.help or "") + "\n"
-        yield "| option | default | meaning |\n|---|---|---|"
+        yield f"```{{program}} mend {name}\n```\n"
         for parameter in command.params:
-            if name_of(parameter) == "--help":
-                continue
-            default = "required" if parameter.required else show(parameter.default)
-            meaning = parameter.help.replace("|", r"\|")
-            yield f"| `{name_of(parameter)}` | {default} | {meaning} |"
-        yield ""
+            if "--help" not in parameter.opts:
+                yield f"```{{option}} {name_of(parameter)}\n{describe_parameter(parameter)}\n```\n"
 
 
 def name_of(parameter: Any) -> str:
     """Return how a parameter is written on the command line."""
     is_option = parameter.param_type_name == "option"
-    return ", ".join(parameter.opts) if is_option else (parameter.metavar or parameter.name).upper()
+    names = [*parameter.opts, *parameter.secondary_opts]
+    return ", ".join(names) if is_option else (parameter.metavar or parameter.name).upper()
+
+
+def describe_parameter(parameter: Any) -> str:
+    """Return what a parameter means, whether it has to be given, and what it is if it is not."""
+    default = "**Required.**" if parameter.required else show(parameter.default)
+    if not default or parameter.required:
+        return f"{default} {parameter.help}".strip()
+    return f"{parameter.help} Default: {default}."
 
 
 def describe_fields() -> Iterator[str]:
@@ -70,13 +76,14 @@ def show(value: Any) -> str:
     return f"`{json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}`"
 
 
-def fill_tables(_: Sphinx, __: str, source: list[str]) -> None:
-    """Put the tables where a page asks for them."""
+def fill_in(_: Sphinx, __: str, source: list[str]) -> None:
+    """Put the lists where a page asks for them."""
     for mark, lines in ((COMMANDS, describe_commands), (FIELDS, describe_fields)):
         if mark in source[0]:
             source[0] = source[0].replace(mark, "\n".join(lines()))
 
 
 def setup(sphinx: Sphinx) -> None:
-    """Connect the tables."""
-    sphinx.connect("source-read", fill_tables)
+    """Connect the lists, and read their pages in every build: the code may have changed where the page has not."""
+    sphinx.connect("source-read", fill_in)
+    sphinx.connect("env-get-outdated", lambda *_: MADE_FROM_CODE)

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mend_hf.artifact import DistilledDemonstrations, join_demonstrations
     from mend_hf.auto import AutoMendModel, get_mend_model
+    from mend_hf.auto_classes import register_auto_classes
+    from mend_hf.cards import CardFacts
     from mend_hf.config import MendConfig
     from mend_hf.curves import plot_training
     from mend_hf.data.collator import MendCollator
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "AutoMendModel": "auto",
+    "CardFacts": "cards",
     "Demonstration": "demonstrations",
     "DemonstrationStore": "store",
     "DistilledDemonstrations": "artifact",
@@ -33,6 +36,7 @@ _MODULE_OF = {
     "MendTrainer": "trainer",
     "MendTrainingArguments": "training_args",
     "get_mend_model": "auto",
+    "register_auto_classes": "auto_classes",
     "register_pipelines": "pipeline",
     "join_demonstrations": "artifact",
     "plot_training": "curves",
@@ -40,6 +44,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AutoMendModel",
+    "CardFacts",
     "Demonstration",
     "DemonstrationStore",
     "DistilledDemonstrations",
@@ -54,6 +59,7 @@ __all__ = [
     "get_mend_model",
     "join_demonstrations",
     "plot_training",
+    "register_auto_classes",
     "register_pipelines",
 ]
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from mend_hf.errors import ConfigError, UnsupportedModelError
 
@@ -53,6 +53,10 @@ _ENCODERS = frozenset(
     }
 )
 
+# What transformers' auto classes look for in a folder, where a distiller says that it is one.
+DISTILLER_TYPE = "mend"
+DISTILLER_RECORD_NAME, DISTILLER_RECORD = "config.json", {"model_type": DISTILLER_TYPE}
+
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 
 _TASK_OF_HEAD: dict[str, TaskType] = {
@@ -60,6 +64,12 @@ _TASK_OF_HEAD: dict[str, TaskType] = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+
+
+class DistillerConfig(PreTrainedConfig):
+    """Stands in transformers' tables for a distiller, whose settings are in `mend_config.json`."""
+
+    model_type = DISTILLER_TYPE
 
 
 def check_base_model(base_model: nn.Module) -> TaskType:

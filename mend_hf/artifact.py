@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor
-from transformers.utils import PushToHubMixin
 
 from mend_hf import __version__
+from mend_hf.cards import CARD_NAME, CardFacts
 from mend_hf.demonstrations import name_demonstration, parse_demonstrations
 from mend_hf.errors import CheckpointError, DataError
 from mend_hf.files import write_folder
+from mend_hf.library import RECORD_NAME, WEIGHTS_NAME, check_name, write_library_card
 from mend_hf.pooling import pool_anchors
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, join_tasks, stack_rows
 from mend_hf.provenance import ChunkRecord, Provenance, provenance_from_record
 from mend_hf.saved_pair import Headers, TensorHeader, check_version, read_pair, write_pair
+from mend_hf.upload import PushOptions, push_saved
 
-WEIGHTS_NAME = "distilled_demonstrations.safetensors"
-RECORD_NAME = "distilled_demonstrations.json"
 FORMAT_VERSION = 2
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
-
-class DistilledDemonstrations(PushToHubMixin):
+class DistilledDemonstrations:
     """The demonstrations of one or more tasks as a prefix, in place of their text.
 
     Behaves as a sequence of tasks: `len`, iteration and indexing; `select` picks one task for every row of a batch.
@@ -188,12 +186,11 @@ class DistilledDemonstrations(PushToHubMixin):
         facts = {name: getattr(self.provenance, name) for name in names}
         return {"prefix_form": self.prefix_form, "tasks": len(self), "dtype": _dtype_of(self.chunks)} | facts
 
-    def save_pretrained(self, save_directory: str | Path, **push_to_hub: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the tensors (safetensors) and their provenance (JSON) into a folder.
 
         Args:
             save_directory: Made if need be; either both files are written or none.
-            **push_to_hub: Accepted for `push_to_hub`, which saves through this method.
         """
         record = {
             "format_version": FORMAT_VERSION,
@@ -203,6 +200,28 @@ class DistilledDemonstrations(PushToHubMixin):
         }
         with write_folder(save_directory) as folder:
             write_pair(folder, RECORD_NAME, record, WEIGHTS_NAME, self._tensors())
+
+    def push_to_hub(
+        self, repo_id: str, *, name: str | None = None, facts: CardFacts | None = None, **options: Any
+    ) -> CommitInfo:
+        """Upload these demonstrations to the Hub in one commit, alone or as one of many in a repository.
+
+        What people wrote on the page outside the block of mend_hf, and the metadata that is there, stay.
+
+        Args:
+            repo_id: `name` or `owner/name`; the repository is made if need be.
+            name: Of these demonstrations among others in the repository; what has the name there is replaced. None:
+                they are all that is in it.
+            facts: What the card should say beside.
+            **options: As for `MendModel.push_to_hub`.
+
+        Raises:
+            DataError: `name` cannot be one.
+            HubError: The Hub refuses, or cannot be reached.
+        """
+        subfolder = None if name is None else check_name(name)
+        write = partial(write_library_card, self.provenance, self.prefix_form, facts)
+        return push_saved(repo_id, self.save_pretrained, write, PushOptions(**options), subfolder, CARD_NAME)
 
     @classmethod
     def from_pretrained(
@@ -246,20 +265,6 @@ class DistilledDemonstrations(PushToHubMixin):
         layers |= {f"values.{i}": value for i, value in enumerate(self.chunks.values)}
         places = {"mask": self.chunks.mask, "next_positions": self.chunks.next_positions}
         return layers | places | {"anchor_labels": self.chunks.labels}
-
-
-def check_name(name: str) -> str:
-    """Return the name of one of many distilled demonstrations.
-
-    Raises:
-        DataError: It cannot be one.
-    """
-    if not _NAME.fullmatch(name):
-        raise DataError(
-            "Expected a name of at most 128 letters, digits, '_', '-' and '.', with no '-' or '.' in front, got "
-            f"{name!r}: choose another one."
-        )
-    return name
 
 
 def join_demonstrations(parts: Sequence[DistilledDemonstrations]) -> DistilledDemonstrations:

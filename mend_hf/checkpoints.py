@@ -29,7 +29,9 @@ _DECISIVE_ARGUMENTS = (
     "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "nll_loss_weight", "kd_loss_weight",
     "kd_divergence", "kd_temperature", "kd_top_k", "hidden_loss_weight", "hidden_loss_layers", "nonfinite_loss",
 )  # fmt: skip
-_NAMES_OF_THE_BASE_MODEL = frozenset({"base_model_name_or_path", "base_model_revision", "mend_version"})
+_SETTINGS_THAT_DECIDE_NOTHING = frozenset(
+    {"base_model_name_or_path", "base_model_revision", "mend_version", "training_stages"}
+)
 
 
 def publish_checkpoint(staged: Path, folder: Path) -> None:
@@ -117,7 +119,7 @@ def check_resumed(checkpoint: str | Path, run: dict[str, Any], config: MendConfi
         lines += _differences(saved, {name: given[name] for name in ("num_processes", "training_rows")})
     if config is not None:
         made_with = dataclasses.asdict(MendConfig.from_pretrained(checkpoint))
-        at_hand = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NAMES_OF_THE_BASE_MODEL}
+        at_hand = {k: v for k, v in dataclasses.asdict(config).items() if k not in _SETTINGS_THAT_DECIDE_NOTHING}
         lines += _differences(made_with, at_hand)
     if lines:
         raise CheckpointError(

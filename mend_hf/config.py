@@ -101,6 +101,9 @@ class MendConfig:
     projection_rank: int = _setting(
         64, "Rank of the projection from a separate distiller to keys and values (kv form); 0: full, and many weights."
     )
+    training_stages: list[dict[str, Any]] | None = _setting(
+        None, "Numbers of the trainings so far, first to last; `MendTrainer` writes them down."
+    )
     mend_version: str | None = _setting(None, "The version of mend_hf that saved this file.")
 
     def __post_init__(self) -> None:
@@ -192,6 +195,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if origin is dict:
         return isinstance(value, dict)
+    if origin is list:
+        return isinstance(value, list) and all(isinstance(item, dict) for item in value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is float:

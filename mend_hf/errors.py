@@ -30,6 +30,10 @@ class CheckpointError(MendError, OSError):
     """Something saved cannot be read, written or used with this model."""
 
 
+class HubError(MendError, OSError):
+    """The Hub refused what was asked of it, or could not be reached."""
+
+
 class TrainingError(MendError, FloatingPointError):
     """A training went astray: a loss or a weight is not a finite number."""
 

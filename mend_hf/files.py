@@ -42,7 +42,10 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
     Raises:
         CheckpointError: There is no such folder, repository or file.
     """
-    local = find_file(Path(name_or_path, str(hub.get("subfolder") or "")), filename)
+    subfolder = str(hub.get("subfolder") or "")
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise CheckpointError(f"Expected a subfolder inside {name_or_path}, got {subfolder!r}: leave the '..' out.")
+    local = find_file(Path(name_or_path, subfolder), filename)
     if local is not None:
         return local
     try:

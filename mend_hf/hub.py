@@ -3,34 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
+from mend_hf.architectures import DISTILLER_RECORD, DISTILLER_RECORD_NAME
+from mend_hf.cards import CARD_NAME, CardFacts, complete_facts, make_card, update_card
 from mend_hf.config import CONFIG_NAME, MendConfig
 from mend_hf.errors import CheckpointError
-from mend_hf.files import write_folder
+from mend_hf.files import find_file, write_folder, write_json
 from mend_hf.saved_pair import Headers, read_pair, write_pair
+from mend_hf.upload import PushOptions, join_path, push_files
 
 WEIGHTS_NAME = "mend_model.safetensors"
-CARD_NAME = "README.md"
+LOG_NAME = "training_log.json"
+DISTILLER_NAMES = (CONFIG_NAME, WEIGHTS_NAME, DISTILLER_RECORD_NAME)
 
 
-def save_distiller(save_directory: str | Path, config: MendConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a distiller's folder: config, trained tensors, and a card unless there is one already.
+def save_distiller(
+    save_directory: str | Path, config: MendConfig, tensors: Mapping[str, Tensor], facts: CardFacts | None = None
+) -> None:
+    """Write a distiller's folder: config, trained tensors, and a card, in which a person's own words stay.
 
     Args:
         save_directory: Made if need be; either all files are written or none.
         config: Of the distiller.
         tensors: What was trained, by name.
+        facts: What the card should say beside.
+
+    Raises:
+        CheckpointError: The folder cannot be written into, or has a card that cannot be read.
     """
+    card = Path(save_directory) / CARD_NAME
+    existing = card.read_text(encoding="utf-8") if card.is_file() else None
+    text = update_card(existing, make_card(config, complete_facts(facts, existing, str(card))), str(card))
     with write_folder(save_directory) as folder:
         write_pair(folder, CONFIG_NAME, config.to_record(), WEIGHTS_NAME, tensors)
-        if not (Path(save_directory) / CARD_NAME).exists():
-            make_card(config).save(folder / CARD_NAME)
+        write_json(folder / DISTILLER_RECORD_NAME, DISTILLER_RECORD)
+        (folder / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def write_card(
+    config: MendConfig,
+    facts: CardFacts | None,
+    subfolder: str | None,
+    existing: str | None,
+    repo_id: str,
+    paths: list[str],
+) -> str:
+    """Return the text of a distiller's card on the Hub; the last three arguments are those of `push_files`."""
+    where = f"{repo_id}/{join_path(subfolder, CARD_NAME)}"
+    card = make_card(config, complete_facts(facts, existing, where), name=repo_id, subfolder=subfolder)
+    return update_card(existing, card, where)
+
+
+def push_distiller_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    facts: CardFacts | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Upload a folder that `save_pretrained` wrote to the Hub; the base model is not needed.
+
+    The page's own card is kept as `MendModel.push_to_hub` keeps it; where there is none, the folder's is the start.
+
+    Args:
+        folder: Holds a whole distiller; a training's log goes with it.
+        repo_id: `name` or `owner/name`; the repository is made if need be.
+        subfolder: Where in it; None: at its top.
+        facts: What the card should say that the config does not know.
+        **options: As for `MendModel.push_to_hub`.
+
+    Raises:
+        CheckpointError: The folder holds no whole distiller.
+        HubError: The Hub refuses, or cannot be reached.
+    """
+    config, _ = load_distiller(folder, lambda _: None)
+    found = {name: find_file(Path(folder), name) for name in (*DISTILLER_NAMES, LOG_NAME, CARD_NAME)}
+    own_card = found.pop(CARD_NAME)
+    own = own_card.read_text(encoding="utf-8") if own_card else None
+
+    def write(existing: str | None, repo_id: str, paths: list[str]) -> str:
+        return write_card(config, facts, subfolder, existing or own, repo_id, paths)
+
+    files = {join_path(subfolder, name): path for name, path in found.items() if path}
+    return push_files(repo_id, files, write, PushOptions(**options), join_path(subfolder, CARD_NAME))
 
 
 def load_distiller(
@@ -105,17 +166,3 @@ def _refuse(problems: list[str], num_tensors: int, name_or_path: str | Path) -> 
             f"{'' if len(problems) <= 8 else f' (and {len(problems) - 8} more)'}\n"
             "The config and the weights do not belong together: save or fetch the whole folder again."
         )
-
-
-def make_card(config: MendConfig) -> ModelCard:
-    """Return the model card of a distiller, with the metadata that the Hub reads."""
-    base = config.base_model_name_or_path
-    data = ModelCardData(
-        library_name="mend_hf",
-        base_model=base,
-        base_model_relation="adapter" if base else None,
-        pipeline_tag="text-generation",
-        tags=["mend", "demonstration-distillation", *([f"base_model:adapter:{base}"] if base else [])],
-    )
-    template = files("mend_hf").joinpath("model_card.md")
-    return ModelCard.from_template(data, template_path=str(template), config=config, name=base or "a base model")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import CommitInfo
 
-from mend_hf.artifact import RECORD_NAME, DistilledDemonstrations, check_name
+from mend_hf.artifact import DistilledDemonstrations
+from mend_hf.cards import CardFacts
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.files import check_output_folder, find_file
+from mend_hf.library import RECORD_NAME, WEIGHTS_NAME, check_name, write_library_card
+from mend_hf.upload import PushOptions, push_files
 
 
 class DemonstrationStore(Mapping[str, DistilledDemonstrations]):
@@ -73,6 +78,33 @@ class DemonstrationStore(Mapping[str, DistilledDemonstrations]):
         if not overwrite and find_file(path, RECORD_NAME):
             raise DataError(f"Expected a name that is free, got {name!r}: choose another one, or give overwrite=True.")
         demonstrations.save_pretrained(path)
+
+    def push_to_hub(self, repo_id: str, *, facts: CardFacts | None = None, **options: Any) -> CommitInfo:
+        """Upload all demonstrations to the Hub in one commit, each under its name.
+
+        What else is in the repository stays. `DistilledDemonstrations.from_pretrained(repo_id, name=...)` loads one.
+
+        Args:
+            repo_id: `name` or `owner/name`; the repository is made if need be.
+            facts: What the card should say beside.
+            **options: As for `MendModel.push_to_hub`.
+
+        Raises:
+            DataError: There are none.
+            HubError: The Hub refuses, or cannot be reached.
+        """
+        names = list(self)
+        if not names:
+            raise DataError(f"Expected demonstrations in {self.folder}, got none: add some first.")
+        first = self[names[0]]
+        found = {
+            f"{name}/{file}": find_file(self.folder / name, file)
+            for name in names
+            for file in (RECORD_NAME, WEIGHTS_NAME)
+        }
+        files = {path: file for path, file in found.items() if file}
+        write = partial(write_library_card, first.provenance, first.prefix_form, facts)
+        return push_files(repo_id, files, write, PushOptions(**options))
 
     def remove(self, name: str) -> None:
         """Delete the demonstrations of a name.

@@ -5,6 +5,7 @@ Shapes: B queries, P predicted tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +29,12 @@ from mend_hf.model import MendModel
 from mend_hf.nonfinite import write_batch
 from mend_hf.objective import Objective
 from mend_hf.passes import split_batch
+from mend_hf.pushing import PushingTrainer
 from mend_hf.sharding import check_sharding, cut_up, fill_gradients, gather_whole, own_part, stay_whole_in_a_step
 from mend_hf.training_args import MendTrainingArguments
-from mend_hf.watched import WatchedTrainer
 
 
-class MendTrainer(WatchedTrainer):
+class MendTrainer(PushingTrainer):
     """Trains a distiller; the base model is teacher (with the text) and student (with the prefix), and never changes.
 
     loss = nll_loss_weight * NLL(target) + kd_loss_weight * divergence(teacher, student) + hidden_loss_weight *
@@ -78,6 +79,7 @@ class MendTrainer(WatchedTrainer):
             )
         if data_collator is None:
             data_collator = _make_collator(model, args, kwargs.get("processing_class"))
+        self._earlier_stages = (model.mend_config.training_stages or []) if isinstance(model, MendModel) else []
         self._objective = Objective(model, args)
         self._num_kd_tokens: Tensor | None = None
         self._batches: list[Any] = []  # of the step at hand
@@ -259,6 +261,8 @@ class MendTrainer(WatchedTrainer):
         whole = {name: gather_whole(tensor) for name, tensor in self._inner_model.state_dict().items()}
         if self.args.should_save:
             self._save(output_dir, state_dict=whole)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @property
     def _is_sharded(self) -> bool:
@@ -266,10 +270,29 @@ class MendTrainer(WatchedTrainer):
         return self.is_fsdp_enabled and isinstance(self._inner_model, MendModel)
 
     def _save_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        if isinstance(self._inner_model, MendModel):
-            self._inner_model.save_pretrained(folder, state_dict=state_dict)
+        model = self._inner_model
+        if isinstance(model, MendModel):
+            stages = [*self._earlier_stages, self._describe_stage()] if self.state.global_step else None
+            model.mend_config = dataclasses.replace(
+                model.mend_config, training_stages=stages or self._earlier_stages or None
+            )
+            model.save_pretrained(folder, state_dict=state_dict)
         else:
             super()._save_model(folder, state_dict)
+
+    def _describe_stage(self) -> dict[str, Any]:
+        """Return the numbers of this training, for the card."""
+        args = self.args
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return {
+            "steps": self.state.global_step,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "nll_loss_weight": args.nll_loss_weight,
+            "kd_loss_weight": args.kd_loss_weight,
+            "hidden_loss_weight": args.hidden_loss_weight,
+            "loss": losses[-1] if losses else None,
+        }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save both; transformers would save the frozen base model beside a sharded optimizer."""

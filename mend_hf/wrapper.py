@@ -5,29 +5,32 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import PushToHubMixin
 
 from mend_hf.architectures import check_base_model, choose_prefix_form, keep_output_contiguous
+from mend_hf.cards import CardFacts
 from mend_hf.config import MendConfig
 from mend_hf.distiller import DemonstrationDistiller, load_reader
 from mend_hf.errors import CheckpointError
 from mend_hf.fingerprint import check_fingerprint, get_fingerprint
 from mend_hf.guards import check_gradients, check_vocabulary
-from mend_hf.hub import check_tensor_names, load_distiller, save_distiller
+from mend_hf.hub import check_tensor_names, load_distiller, save_distiller, write_card
 from mend_hf.prompt_encoder import PromptEncoder, find_tokenizer
 from mend_hf.sharding import copy_whole
+from mend_hf.upload import PushOptions, push_saved
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class WrappedModel(PushToHubMixin, nn.Module):
+class WrappedModel(nn.Module):
     """What `MendModel` is made of, and how that is kept; how it answers is the subclass's part.
 
     Args:
@@ -119,7 +122,7 @@ class WrappedModel(PushToHubMixin, nn.Module):
         *,
         dtype: torch.dtype | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
-        **push_to_hub: Any,
+        facts: CardFacts | None = None,
     ) -> None:
         """Write the distiller into a folder: config, trained tensors and a card; never base weights.
 
@@ -127,11 +130,44 @@ class WrappedModel(PushToHubMixin, nn.Module):
             save_directory: Made if need be, a CheckpointError if it is a file; all files are written or none.
             dtype: Store the tensors in this type, e.g. `torch.bfloat16` to halve them; None: as they are.
             state_dict: Store these in place of the distiller's own tensors, of which a process may hold parts alone.
-            **push_to_hub: Accepted for `push_to_hub`, which saves through this method.
+            facts: What the card should say that the config does not know.
         """
         own = self.state_dict() if state_dict is None else state_dict
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in own.items()}
-        save_distiller(save_directory, self.mend_config, tensors)
+        save_distiller(save_directory, self.mend_config, tensors, facts)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        facts: CardFacts | None = None,
+        **options: Any,
+    ) -> CommitInfo:
+        """Upload the distiller to the Hub in one commit; never base weights.
+
+        What people wrote on the page outside the block of mend_hf, and the metadata that is there, stay.
+
+        Args:
+            repo_id: `name` or `owner/name`; the repository is made if need be.
+            subfolder: Where in it; None: at its top.
+            dtype: Store the tensors in this type; None: as they are.
+            facts: What the card should say that the config does not know.
+            **options: Those of `transformers`: `commit_message`, `commit_description`, `private`, `token`, `revision`,
+                `create_pr`, `tags`; see `PushOptions`.
+
+        Raises:
+            HubError: The Hub refuses, or cannot be reached.
+            CheckpointError: The card that is there cannot be read.
+        """
+        return push_saved(
+            repo_id,
+            lambda folder: self.save_pretrained(folder, dtype=dtype),
+            partial(write_card, self.mend_config, facts, subfolder),
+            PushOptions(**options),
+            subfolder,
+        )
 
     @classmethod
     def from_pretrained(

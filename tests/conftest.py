@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from build_tokenizer import FOLDER
+from hub_server import Hub, run_hub
+from huggingface_hub import constants
+from huggingface_hub.hf_api import api
 from tiny_encoder_decoders import build_tiny_encoder_decoder
 from tiny_models import build_tiny_model, ids_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import hub as transformers_hub
 from weights import load_smollm2
 
 
@@ -47,3 +52,24 @@ def reader_folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct and its tokenizer, shared by all tests: leave the model as it was."""
     return load_smollm2()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of its own a test, to which the client in this process speaks as "user"."""
+    with run_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the protocol of large files that is spoken here
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+        monkeypatch.setattr(api, "endpoint", server.url)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        huggingface_hub.close_session()
+        yield server
+    huggingface_hub.close_session()

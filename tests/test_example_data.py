@@ -27,5 +27,13 @@ def test_example_task_is_balanced_and_shares_no_input_between_its_splits(task: s
 
 def test_example_texts_and_own_demonstrations_load() -> None:
     assert len(load_texts(FOLDER / "text.jsonl")) == 12
-    lines = (FOLDER / "my_demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {tuple(json.loads(line)) for line in lines} == {("input", "output")}
+    for name in ("my_demonstrations.jsonl", "library_questions.jsonl"):
+        lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+        assert {tuple(json.loads(line)) for line in lines} == {("input", "output")}
+
+
+def test_library_questions_are_balanced_and_all_different() -> None:
+    lines = (FOLDER / "library_questions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert Counter(row["output"] for row in rows) == {"loans": 20, "hours": 20, "events": 20}
+    assert len({row["input"] for row in rows}) == 60

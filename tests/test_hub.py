@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mend_hf import MendConfig, MendModel, get_mend_model
+from mend_hf.cards import make_card
 from mend_hf.errors import CheckpointError
-from mend_hf.hub import check_tensor_names, make_card
+from mend_hf.hub import check_tensor_names
 
 SHOTS = [("great film", "positive"), ("a bore", "negative")]
 
@@ -32,7 +33,9 @@ def state_of(base):
 
 
 def test_a_folder_holds_config_weights_and_card_and_no_base_weights(model, saved):
-    assert {path.name for path in saved.iterdir()} == {"mend_config.json", "mend_model.safetensors", "README.md"}
+    assert {path.name for path in saved.iterdir()} == {
+        "README.md", "config.json", "mend_config.json", "mend_model.safetensors",
+    }  # fmt: skip
     names = set(load_file(saved / "mend_model.safetensors"))
     assert names == {name for name, _ in model.distiller.trained_tensors()}
     assert all(name == "placeholders" or ".lora_" in name for name in names)

@@ -1,4 +1,4 @@
-"""What the README and the documentation show is run: Python blocks, commands and examples."""
+"""What the README and the documentation show is run: Python blocks and commands, from a page's top to its bottom."""
 
 from __future__ import annotations
 
@@ -31,14 +31,24 @@ FEW_ROWS = ["--num-rows", "2", "--batch-size", "2"]
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+def find_blocks(page: Path, languages: str) -> list[tuple[str, str]]:
+    """The fenced code blocks of a page in these languages ("python|bash"), each behind its language."""
+    return re.findall(rf"^```({languages})\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def read_blocks(page: Path, language: str) -> list[str]:
     """The fenced code blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for _, block in find_blocks(page, language)]
 
 
 def read_commands(page: Path) -> list[list[str]]:
     """The command lines of a page as words, without their comments."""
-    lines = [line for block in read_blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [words for block in read_blocks(page, "bash") for words in split_commands(block)]
+
+
+def split_commands(block: str) -> list[list[str]]:
+    """The command lines of a block as words, without their comments."""
+    lines = block.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -52,11 +62,17 @@ def have_pages(language: str, start: str = "") -> list[Path]:
     ]
 
 
-def run_blocks(page: Path) -> None:
-    """Run a page's Python blocks in order, in one namespace."""
+def run_blocks(page: Path, languages: str = "python|bash") -> None:
+    """Run a page's blocks in order: Python in one namespace, of the commands `mend`."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for number, block in enumerate(read_blocks(page, "python"), start=1):
-        exec(compile(block, f"{page.name}, Python block {number}", "exec"), namespace)
+    for number, (language, block) in enumerate(find_blocks(page, languages), start=1):
+        if language == "python":
+            exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+            continue
+        for program, *words in split_commands(block):
+            if program == "mend":
+                extra = FEW_ROWS if words[0] in ("pretrain", "finetune") else []
+                assert run_mend([*words, *extra]) == 0, shlex.join(words)
 
 
 def substitute(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> None:
@@ -90,8 +106,10 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", have_pages("python"), ids=show)
-def test_python_blocks_run(page: Path, clone: Path) -> None:
+@pytest.mark.parametrize("page", sorted({*have_pages("python"), *have_pages("bash", "mend ")}), ids=show)
+def test_blocks_run(page: Path, clone: Path, request: pytest.FixtureRequest) -> None:
+    if page.name == "hub.md":
+        request.getfixturevalue("hub")
     run_blocks(page)
 
 
@@ -104,7 +122,7 @@ def test_python_blocks_of_the_readme_run_with_smollm2(
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     substitute(monkeypatch, smollm2)
     monkeypatch.chdir(tmp_path)
-    run_blocks(README)
+    run_blocks(README, "python")
 
 
 @pytest.mark.parametrize("page", have_pages("bash"), ids=show)
@@ -120,14 +138,6 @@ def test_commands_exist_and_know_their_options(page: Path) -> None:
         else:
             assert program == "python"
             assert (ROOT / words[0]).is_file()
-
-
-@pytest.mark.parametrize("page", have_pages("bash", "mend "), ids=show)
-def test_commands_run(page: Path, clone: Path) -> None:
-    for program, *words in read_commands(page):
-        if program == "mend":
-            extra = FEW_ROWS if words[0] in ("pretrain", "finetune") else []
-            assert run_mend([*words, *extra]) == 0, shlex.join(words)
 
 
 @pytest.mark.parametrize("name", ["quickstart.py", "train_two_stages.py"])

@@ -1,4 +1,4 @@
-"""The command line: `mend pretrain | finetune | distill | generate | evaluate | report | info`."""
+"""The command line: `mend COMMAND`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import typer
 
 from mend_hf.cli.answering import distill, generate, info
 from mend_hf.cli.evaluation import evaluate
+from mend_hf.cli.export import export_peft
 from mend_hf.cli.report import report
+from mend_hf.cli.sharing import pull, push
 from mend_hf.cli.training import finetune, pretrain
 from mend_hf.errors import MendError
 
@@ -23,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (pretrain, finetune, distill, generate, evaluate, report, info):
+for command in (pretrain, finetune, distill, generate, evaluate, report, info, push, pull, export_peft):
     app.command()(command)
 
 

@@ -74,7 +74,8 @@ def generate(
 
 def info(name_or_path: Annotated[str, typer.Argument(help="A distiller or distilled demonstrations.")]) -> None:
     """Show what a saved distiller, or a folder of distilled demonstrations, holds."""
-    from mend_hf.artifact import RECORD_NAME, DistilledDemonstrations
+    from mend_hf.artifact import DistilledDemonstrations
+    from mend_hf.library import RECORD_NAME
 
     if (Path(name_or_path) / RECORD_NAME).exists():
         distilled = DistilledDemonstrations.from_pretrained(name_or_path)

@@ -1,0 +1,45 @@
+"""`mend export-peft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mend_hf.cli.options import (
+    BaseModel,
+    Device,
+    Distiller,
+    OutputFolder,
+    load_for_answering,
+    read_demonstrations,
+)
+from mend_hf.files import check_output_folder
+
+
+def export_peft(
+    demonstrations: Annotated[
+        Path, typer.Option(help="A .jsonl file of demonstrations, or a folder that `mend distill` wrote.")
+    ],
+    output_dir: OutputFolder,
+    distiller: Distiller = None,
+    base_model: BaseModel = None,
+    device: Device = None,
+) -> None:
+    """Write one task's demonstrations as a PEFT adapter, for people without mend_hf.
+
+    `mend export-peft --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl --output-dir adapter`
+    """
+    from mend_hf.artifact import DistilledDemonstrations
+    from mend_hf.integrations.peft import export_to_peft
+
+    check_output_folder(output_dir)
+    given: Any
+    if demonstrations.is_dir():
+        given = DistilledDemonstrations.from_pretrained(demonstrations)
+    else:
+        given = read_demonstrations(demonstrations)
+    model = load_for_answering(distiller, base_model, device)
+    export_to_peft(model, given, output_dir)
+    print(f"Saved the adapter in {output_dir}: PeftModel.from_pretrained(base_model, ...) loads it")

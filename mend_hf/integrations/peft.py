@@ -1,0 +1,219 @@
+"""One task's prefix as a PEFT adapter, for people without mend_hf: `PeftModel.from_pretrained(base_model, folder)`.
+
+Vectors become prompt tuning's, keys and values a CARTRIDGE (PEFT's prefix of plain keys and values).
+
+PEFT lets queries go on at the position that is the number of slots; ours go on behind the demonstrations' full
+length. Keys that a rotation has put at their positions are therefore turned by the difference, which keeps all
+distances. Where the base model has its positions from elsewhere (tables, ALiBi), that cannot be had. Nothing is
+written before PEFT's logits and ours have been compared on the base model at hand.
+
+Shapes: S slots, H key/value heads, K head width, L layers, V vectors, E embedding width.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import CartridgeConfig, PeftModel, PeftModelForCausalLM, PeftType, PromptTuningConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mend_hf.architectures import accepts, get_backbone
+from mend_hf.artifact import DistilledDemonstrations
+from mend_hf.errors import DataError, UnsupportedModelError
+from mend_hf.files import check_output_folder, write_folder
+from mend_hf.model import MendModel
+from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix
+
+# How far PEFT's logits may be from ours, as a share of the largest: what the order of sums does, and turning the keys.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_TOLERANCE_IN_SHORT_TYPES = 0.05
+_NUM_PROBE_TOKENS = 8
+
+_CARD = """---
+library_name: peft
+base_model: {base}
+tags:
+- mend
+---
+
+# Demonstrations of one task as a PEFT adapter
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/or/hub-id/of/this/adapter")
+```
+
+Queries are written as `{format}`, one at a time: PEFT's answers to batches that are padded on the left are not those
+to the queries alone.
+"""
+
+
+def export_to_peft(model: MendModel, demonstrations: Any, save_directory: str | Path) -> None:
+    """Write one task's prefix as a PEFT adapter: `adapter_config.json`, `adapter_model.safetensors` and a card.
+
+    Args:
+        model: On the base model that the adapter is for; it is left as it was.
+        demonstrations: Of one task, raw or distilled.
+        save_directory: Made if need be; either all files are written or none.
+
+    Raises:
+        DataError: They are of several tasks.
+        UnsupportedModelError: The base model is no decoder-only language model, or PEFT would give it the prefix at
+            positions at which it means something else.
+        CheckpointError: The folder cannot be written into, or the demonstrations belong to another base model.
+    """
+    check_output_folder(save_directory)
+    if model.mend_config.task_type != "CAUSAL_LM":
+        raise UnsupportedModelError(
+            f"Expected a decoder-only language model, got the task type {model.mend_config.task_type}: PEFT's prompts "
+            "for other models are others."
+        )
+    distilled = (
+        demonstrations if isinstance(demonstrations, DistilledDemonstrations) else model.distill(demonstrations)
+    )
+    if len(distilled) != 1:
+        raise DataError(
+            f"Expected demonstrations of one task, got {len(distilled)} tasks: export them one by one, as in "
+            "`for task in demonstrations`."
+        )
+    prefix = distilled.prefix.to(model.device, model.dtype)
+    with torch.no_grad(), _left_as_it_was(model.base_model):
+        if isinstance(prefix, EmbeddingPrefix):
+            config, weights = PromptTuningConfig, prefix.vectors[0, prefix.mask[0]]
+        else:
+            config, weights = CartridgeConfig, _flatten(_move_to_slots(prefix, model.base_model))
+        adapter = PeftModelForCausalLM(
+            model.base_model,
+            config(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=len(weights),
+                base_model_name_or_path=model.mend_config.base_model_name_or_path,
+                inference_mode=True,
+            ),
+        )
+        _load(adapter, weights)
+        _check(adapter, model, distilled)
+        with tempfile.TemporaryDirectory() as staged:
+            adapter.save_pretrained(staged)
+            base, own = model.mend_config.base_model_name_or_path, model.prompt.config
+            query = f"{own.input_prefix}...{own.output_prefix}" if own.prompt_format == "plain" else "a chat"
+            card = _CARD.format(base=base or "path/or/hub-id/of/the/base-model", format=query.replace("\n", "\\n"))
+            (Path(staged) / "README.md").write_text(card, encoding="utf-8")
+            with write_folder(save_directory) as folder:
+                for path in Path(staged).iterdir():
+                    shutil.copyfile(path, folder / path.name)
+
+
+def _flatten(prefix: KeyValuePrefix) -> Tensor:
+    """Return keys and values as (S, L * 2 * H * K), without slots that do not count."""
+    layers = [states for pair in zip(prefix.keys, prefix.values, strict=True) for states in pair]
+    if len({layer.shape for layer in layers}) > 1:
+        raise UnsupportedModelError(
+            "Expected layers of one shape, got several: PEFT holds keys and values of all layers in one tensor."
+        )
+    return torch.stack([layer[0, :, prefix.mask[0]].transpose(0, 1) for layer in layers], dim=1).flatten(1)
+
+
+def _move_to_slots(prefix: KeyValuePrefix, base_model: PreTrainedModel) -> KeyValuePrefix:
+    """Turn the keys so that queries may go on at the number of slots."""
+    distance = int(prefix.mask.sum()) - int(prefix.next_positions)
+    if distance == 0:
+        return prefix
+    rotations = _find_rotations(base_model, distance, len(prefix.keys))
+    keys = tuple(_rotate(keys, *rotation) for keys, rotation in zip(prefix.keys, rotations, strict=True))
+    return KeyValuePrefix(keys, prefix.values, prefix.mask, prefix.next_positions + distance, prefix.anchor_labels)
+
+
+def _find_rotations(base_model: PreTrainedModel, distance: int, num_layers: int) -> list[tuple[Tensor, Tensor]]:
+    """Return cosines and sines (R,) that turn a layer's keys by a distance, proved on the keys of single tokens.
+
+    A token that stands alone attends to itself, wherever it stands: its keys at two positions differ by the rotation
+    and by nothing else.
+    """
+    backbone = get_backbone(base_model)
+    module = getattr(backbone, "rotary_emb", None)
+    if module is None or not accepts(backbone, "position_ids"):
+        raise _cannot_move(distance, "it has no rotary positions")
+    layer_types = getattr(backbone.config, "layer_types", None) if accepts(module, "layer_type") else None
+    probe = torch.zeros(1, 1, 1, device=base_model.device)
+    place = torch.tensor([[distance]], device=base_model.device)
+    rotations = []
+    for layer in range(num_layers):
+        cosine, sine = module(probe, place, *([layer_types[layer]] if layer_types else []))
+        cosine, sine = cosine[0, 0], sine[0, 0]
+        scale = (cosine**2 + sine**2).sqrt()  # what some models multiply keys with, and have already
+        rotations.append((cosine / scale, sine / scale))
+    token = torch.arange(_NUM_PROBE_TOKENS, device=base_model.device)[:, None] % base_model.config.vocab_size
+    before, after = (_read_keys(backbone, token, max(place, 0)) for place in (-distance, distance))
+    for own, expected, rotation in zip(before, after, rotations, strict=True):
+        if not _are_close(_rotate(own, *rotation), expected):
+            raise _cannot_move(distance, "turning its keys does not move them")
+    return rotations
+
+
+def _read_keys(backbone: PreTrainedModel, tokens: Tensor, position: int) -> Sequence[Tensor]:
+    places = torch.full_like(tokens, position)
+    cache = backbone(input_ids=tokens, position_ids=places, use_cache=True).past_key_values
+    return [layer.keys for layer in cache.layers]
+
+
+def _rotate(keys: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn keys (..., K) in their first R numbers: Su et al., RoFormer, arXiv 2104.09864, in halves."""
+    turned, rest = keys[..., : len(cosine)].float(), keys[..., len(cosine) :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.cat([turned.to(keys.dtype), rest], dim=-1)
+
+
+def _cannot_move(distance: int, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Expected a base model whose keys can be moved by {distance} positions, to where PEFT would read them; "
+        f"{reason}. "
+        'Distil with prefix_form="embeds", which PEFT reads at the right positions.'
+    )
+
+
+def _are_close(got: Tensor, expected: Tensor) -> bool:
+    share = _TOLERANCE.get(expected.dtype, _TOLERANCE_IN_SHORT_TYPES)
+    return torch.allclose(got, expected, rtol=0.0, atol=share * float(expected.abs().max()))
+
+
+def _load(adapter: PeftModel, weights: Tensor) -> None:
+    encoder = adapter.prompt_encoder[adapter.active_adapter]
+    if adapter.active_peft_config.peft_type == PeftType.CARTRIDGE:
+        encoder.load_prompt_embeddings(weights)
+    else:
+        encoder.embedding.weight.copy_(weights)
+
+
+def _check(adapter: PeftModel, model: MendModel, distilled: DistilledDemonstrations) -> None:
+    """Refuse an adapter that does not answer as the prefix does."""
+    ids = torch.arange(_NUM_PROBE_TOKENS, device=model.device)[None] % model.config.vocab_size
+    expected = model(input_ids=ids, demonstrations=distilled).logits
+    got = adapter(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+    if not _are_close(got, expected):
+        distance = float((got - expected).abs().max())
+        raise UnsupportedModelError(
+            f"Expected PEFT to answer as the prefix does, got logits that are {distance:.2g} apart: this base model "
+            "and PEFT do not go together. Answer with mend_hf."
+        )
+
+
+@contextmanager
+def _left_as_it_was(base_model: PreTrainedModel) -> Iterator[None]:
+    """Give the parameters back the gradients that PEFT takes from them."""
+    flags = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

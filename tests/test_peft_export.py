@@ -1,0 +1,135 @@
+"""A prefix as a PEFT adapter: what people without mend_hf load answers as ours does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_line import run_mend
+from peft import PeftModel
+from tiny_models import wrap_tiny_model
+from torch import Tensor
+
+from mend_hf.errors import CheckpointError, DataError, UnsupportedModelError
+from mend_hf.integrations.peft import export_to_peft
+
+SHOTS = [("great film", "positive"), ("a bore", "negative"), ("so slow", "negative")]
+TURNED = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3"]
+
+
+def logits(model, ids: Tensor, **given) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[:, -ids.shape[1] :]
+
+
+def tokens(model, ids: Tensor, **given) -> Tensor:
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            **given,
+        )
+    return made[:, -6:]
+
+
+def assert_answers_alike(adapter, model, distilled) -> None:
+    ids = model.tokenize("moving and funny")["input_ids"]
+    expected = logits(model, ids, demonstrations=distilled)
+    torch.testing.assert_close(logits(adapter, ids), expected, atol=2e-5, rtol=1e-4)
+    assert tokens(adapter, ids).equal(tokens(model, ids, demonstrations=distilled))
+
+
+@pytest.mark.parametrize("family", TURNED)
+def test_keys_and_values_answer_alike(tiny_model, tokenizer, tmp_path, family):
+    model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2)
+    distilled = model.distill(SHOTS)
+    assert int(distilled.prefix.next_positions) > distilled.num_slots, "so the keys have to be turned"
+    export_to_peft(model, distilled, tmp_path)
+    assert_answers_alike(PeftModel.from_pretrained(tiny_model(family), tmp_path), model, distilled)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", *TURNED])
+def test_vectors_answer_alike(tiny_model, tokenizer, tmp_path, family):
+    model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2, prefix_form="embeds")
+    distilled = model.distill(SHOTS)
+    export_to_peft(model, distilled, tmp_path)
+    assert_answers_alike(PeftModel.from_pretrained(tiny_model(family), tmp_path), model, distilled)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "falcon_alibi"])
+def test_positions_that_cannot_be_moved_are_refused(tiny_model, tokenizer, tmp_path, family):
+    model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2)
+    with pytest.raises(UnsupportedModelError, match="embeds"):
+        export_to_peft(model, SHOTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_prefix_without_holes_needs_no_turning(tiny_model, tokenizer, tmp_path):
+    model = wrap_tiny_model(tiny_model("gpt2"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    text = model.read(SHOTS)
+    export_to_peft(model, text, tmp_path)
+    assert_answers_alike(PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path), model, text)
+
+
+def test_one_task_of_several_leaves_its_unused_slots_behind(tiny_model, tokenizer, tmp_path):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    distilled = model.distill([SHOTS, SHOTS[:1]])
+    with pytest.raises(DataError, match="2 tasks"):
+        export_to_peft(model, distilled, tmp_path)
+    export_to_peft(model, distilled[1], tmp_path)
+    assert_answers_alike(PeftModel.from_pretrained(tiny_model("llama"), tmp_path), model, distilled[1])
+
+
+def test_the_folder_is_peft_own_and_names_the_base_model(tiny_model, tokenizer, tmp_path):
+    model = wrap_tiny_model(
+        tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2, base_model_name_or_path="user/tiny"
+    )
+    export_to_peft(model, SHOTS, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("CARTRIDGE", "user/tiny")
+    assert 'from_pretrained("user/tiny")' in (tmp_path / "README.md").read_text()
+
+
+def test_the_model_is_left_as_it_was(tiny_model, tokenizer, tmp_path):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.named_parameters()}
+    names = [name for name, _ in model.named_modules()]
+    expected = model.answer(["moving and funny"], SHOTS)
+    export_to_peft(model, SHOTS, tmp_path)
+    assert [name for name, _ in model.named_modules()] == names
+    for name, tensor in model.named_parameters():
+        assert tensor.equal(before[name][0])
+        assert tensor.requires_grad == before[name][1]
+    assert model.answer(["moving and funny"], SHOTS) == expected
+
+
+def test_what_belongs_elsewhere_is_refused(tiny_model, tiny_encoder_decoder, tokenizer, tmp_path):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    other = wrap_tiny_model(tiny_model("qwen3"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    with pytest.raises(CheckpointError, match="another base model"):
+        export_to_peft(model, other.distill(SHOTS), tmp_path / "adapter")
+    encoder_decoder = wrap_tiny_model(tiny_encoder_decoder("t5"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    with pytest.raises(UnsupportedModelError, match="SEQ_2_SEQ_LM"):
+        export_to_peft(encoder_decoder, SHOTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_command_exports_a_file_of_demonstrations(tiny_model, tokenizer, tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps({"input": a, "output": b}) + "\n" for a, b in SHOTS))
+    words = ["export-peft", "--base-model", tmp_path / "base", "--output-dir", tmp_path / "adapter"]
+    assert run_mend([*words, "--demonstrations", tmp_path / "films.jsonl"]) == 0
+    assert "Saved the adapter" in capsys.readouterr().out
+    adapter = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
+    anchors = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=0, lora_r=0)
+    assert_answers_alike(adapter, anchors, anchors.distill(SHOTS))
