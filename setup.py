@@ -29,13 +29,16 @@ EXTRAS = {
     "docs": ["sphinx", "myst-parser", "furo"],
     "lm_eval": ["lm-eval"],
     "quantized": ["optimum-quanto"],
+    "serve": ["fastapi", "uvicorn"],
+    "space": ["gradio", "matplotlib"],
     "train": ["matplotlib"],
 }
 EXTRAS["eval"] = ["evaluate", "matplotlib", "pandas", "scikit-learn", *EXTRAS["data"]]
 EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]
-EXTRAS["dev"] = sorted(
-    {"hypothesis", "pytest", "ruff", "mypy", "pre-commit", *(name for names in EXTRAS.values() for name in names)}
-)
+TOOLS = {
+    "httpx", "hypothesis", "ipykernel", "mypy", "nbclient", "nbformat", "playwright", "pre-commit", "pytest", "ruff",
+}  # fmt: skip
+EXTRAS["dev"] = sorted(TOOLS.union(*EXTRAS.values()))
 
 setup(
     name="mend_hf",

@@ -93,7 +93,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for word, label in zip(SENTENCE.split()[:10], ["positive", "negative"] * 5, strict=True)
         ]
         write_lines(folder / "tasks" / f"{task}.train.jsonl", rows)
-        write_lines(folder / "tasks" / f"{task}.test.jsonl", rows[:4])
+        asked = [row | {"input": f"another {row['input']}"} for row in rows[:4]]
+        write_lines(folder / "tasks" / f"{task}.test.jsonl", asked)
     (folder / "partition.json").write_text('{"train": ["film"], "test": ["plant"]}')
     return folder
 
@@ -634,6 +635,16 @@ def test_bad_input_of_evaluate_is_refused_and_leaves_nothing(
     start = ["evaluate", "--base-model", base_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
     assert_refused(mend(*start, "--output-dir", tmp_path / "out", *words), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_refuses_queries_that_are_demonstrations(mend: Mend, base_folder: Path, tmp_path: Path) -> None:
+    rows = [{"task": "films", "input": f"film {n}", "output": "bad"} for n in range(6)]
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--base-model", base_folder, "--tasks", tmp_path / "films.jsonl", "--num-demonstrations", "2"]
+    result = mend("evaluate", *words, "--output-dir", tmp_path / "scores")
+    assert result.code == 2
+    assert "both sides of films" in result.err
+    assert not (tmp_path / "scores").exists()
 
 
 def test_lost_tokens_are_a_warning_on_stderr(

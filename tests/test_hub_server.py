@@ -604,6 +604,15 @@ def test_a_new_process_finds_the_hub_in_its_environment(hub, model, tmp_path):
     assert_equal(MendModel.from_pretrained(model.unload(), tmp_path / "copy"), model)
 
 
+def test_commands_load_the_base_models_revision_that_a_distiller_names(hub, base_name, tmp_path, capsys):
+    api.create_tag(base_name, tag="v1")
+    config = MendConfig(num_virtual_tokens=3, lora_r=2, base_model_revision="v1")
+    get_mend_model(AutoModelForCausalLM.from_pretrained(base_name), config).push_to_hub("user/mend-x")
+    hub.log.clear()
+    assert run_mend(["generate", "--distiller", "user/mend-x", "a bore", "--device", "cpu"]) == 0
+    assert ("HEAD", f"/{base_name}/resolve/v1/config.json") in hub.log
+
+
 def test_the_example_pushes_and_pulls(hub, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["push_and_pull.py", "user/mend-x", "--tiny"])
     runpy.run_path(str(ROOT / "examples" / "push_and_pull.py"), run_name="__main__")

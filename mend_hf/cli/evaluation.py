@@ -78,7 +78,7 @@ def evaluate(
 
     `mend evaluate --distiller stage2 --tasks my-tasks --partition partition.json --output-dir results`
     """
-    from mend_hf.data.metaicl import load_tasks
+    from mend_hf.data.metaicl import check_sides, load_tasks
     from mend_hf.data.partition import load_partition
     from mend_hf.evaluation.evaluator import evaluate_methods
     from mend_hf.evaluation.methods import DISTILLING_METHODS, METHODS, TRAINED_METHODS, pick_methods
@@ -105,6 +105,7 @@ def evaluate(
         on_missing: Literal["error", "keep"] = "keep" if on_missing_gold == "wrong" else "error"
         test_tasks = load_tasks(tasks, split="test", tasks=wanted, on_missing_gold=on_missing)
         train_tasks = load_tasks(tasks, split="train", tasks=sorted(test_tasks))
+        check_sides(train_tasks, test_tasks)
         base, tokenizer = load_base_of(distiller, base_model, choose_device(device))
         methods |= load_comparisons(compared, base, tokenizer, config)
         new_results = evaluate_methods(

@@ -39,8 +39,10 @@ def load_base_of(
     """Return the base model that is asked for, else the one that the distiller names, and its tokenizer."""
     if distiller is None and base_model is None:
         raise ConfigError("Expected --distiller or --base-model, got neither: name a Hub id or a folder.")
-    named = None if distiller is None else MendConfig.from_pretrained(distiller).base_model_name_or_path
-    return load_base_model(base_model or named, device)
+    if base_model is not None or distiller is None:
+        return load_base_model(base_model, device)
+    config = MendConfig.from_pretrained(distiller)
+    return load_base_model(config.base_model_name_or_path, device, config.base_model_revision)
 
 
 def wrap_for_answering(
@@ -68,8 +70,10 @@ def wrap_for_answering(
     return get_mend_model(base_model, config, tokenizer).eval()
 
 
-def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a base model and its tokenizer, on a GPU if there is one."""
+def load_base_model(
+    name_or_path: str | None, device: str | None, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a base model, of the Hub's `revision` if one is named, and its tokenizer, on a GPU if there is one."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -82,13 +86,13 @@ def load_base_model(name_or_path: str | None, device: str | None) -> tuple[PreTr
     logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else "auto"  # on a CPU, bfloat16 is many times slower
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {} if revision is None else {"revision": revision}
     if name_or_path.endswith(".gguf"):
         import_extra("gguf", "gguf")
         name_or_path, extra["gguf_file"] = str(Path(name_or_path).parent), Path(name_or_path).name
     try:
         # The progress bars of reading a GGUF file know no other switch.
-        with redirect_stderr(io.StringIO()) if extra else nullcontext():
+        with redirect_stderr(io.StringIO()) if "gguf_file" in extra else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **extra)
             model = load_language_model(name_or_path, dtype=dtype, **extra)
     except (OSError, ValueError) as error:

@@ -72,6 +72,21 @@ def load_tasks(
     return _group_by_task(rows, split, wanted, name_or_path, on_missing_gold)
 
 
+def check_sides(train: Mapping[str, Sequence[Example]], test: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse tasks whose queries are all among the examples that demonstrations are drawn from.
+
+    Raises:
+        DataError: There are such tasks: a table without a `split` column has every row on both sides.
+    """
+    leaking = [task for task, examples in test.items() if set(examples) <= set(train.get(task, ()))]
+    if leaking:
+        raise DataError(
+            f"Expected queries that are not demonstrations, got the same examples on both sides of "
+            f"{', '.join(leaking[:8])}: give the rows a 'split' of train or test, or files TASK.train.jsonl and "
+            "TASK.test.jsonl."
+        )
+
+
 def sample_demonstrations(examples: Sequence[Example], k: int, seed: int) -> list[Example]:
     """Return k examples that the seed fixes; a smaller k gives the first of those that a larger one gives.
 
