@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mend_hf.errors import CheckpointError, DataError, UnsupportedModelError
+from mend_hf.integrations import peft as peft_export
 from mend_hf.integrations.peft import export_to_peft
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("so slow", "negative")]
@@ -94,6 +95,29 @@ def test_scaled_rotations_answer_long_queries_alike(tokenizer, tmp_path, rotatio
     ids = torch.arange(4, 54)[None]
     expected = logits(model, ids, demonstrations=distilled)
     torch.testing.assert_close(logits(adapter, ids), expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_rounding_in_bfloat16_is_not_refused(tiny_model, tokenizer, tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    base, bare = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16) for _ in range(2))
+    model = wrap_tiny_model(base, tokenizer, num_virtual_tokens=0, lora_r=0)
+    distilled = model.distill(SHOTS * 6)
+    export_to_peft(model, distilled, tmp_path / "adapter")
+    ids = model.tokenize("moving and funny")["input_ids"]
+    expected = logits(model, ids, demonstrations=distilled)
+    got = logits(PeftModel.from_pretrained(bare, tmp_path / "adapter"), ids)
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("distance", [-1, 1])
+def test_keys_at_the_wrong_positions_are_refused(tiny_model, tokenizer, tmp_path, monkeypatch, distance):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    find = peft_export._find_rotations
+    monkeypatch.setattr(peft_export, "_find_rotations", lambda base, by, layers: find(base, by + distance, layers))
+    with pytest.raises(UnsupportedModelError, match="apart"):
+        export_to_peft(model, SHOTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("form", ["kv", "embeds"])

@@ -31,7 +31,8 @@ from mend_hf.files import check_output_folder, write_folder
 from mend_hf.model import MendModel
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix
 
-# How far PEFT's logits may be from ours, as a share of the largest: what the order of sums does, and turning the keys.
+# How far PEFT's logits may be from ours, as a share of their norm: what the order of sums does, and turning the keys.
+# In bfloat16 that is up to 0.03 on tiny dense models; a single position too many makes 0.065 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_IN_SHORT_TYPES = 0.05
 _NUM_PROBE_TOKENS = 8
@@ -209,7 +210,7 @@ def _cannot_move(distance: int, reason: str) -> UnsupportedModelError:
 
 def _are_close(got: Tensor, expected: Tensor) -> bool:
     share = _TOLERANCE.get(expected.dtype, _TOLERANCE_IN_SHORT_TYPES)
-    return torch.allclose(got, expected, rtol=0.0, atol=share * float(expected.abs().max()))
+    return bool((got.float() - expected.float()).norm() <= share * expected.float().norm())
 
 
 def _load(adapter: PeftModel, weights: Tensor) -> None:
