@@ -57,6 +57,9 @@ _ENCODERS = frozenset(
 DISTILLER_TYPE = "mend"
 DISTILLER_RECORD_NAME, DISTILLER_RECORD = "config.json", {"model_type": DISTILLER_TYPE}
 
+# Rotary positions whose angles depend on how much is read, so that keys do not stay right as a text grows.
+_ROTATIONS_BY_LENGTH = frozenset({"dynamic", "longrope"})
+
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 
 _TASK_OF_HEAD: dict[str, TaskType] = {
@@ -280,3 +283,10 @@ def get_sliding_window(model: PreTrainedModel) -> int | None:
 def reads_padding(model: PreTrainedModel) -> bool:
     """Return whether padding on the left may change what the model answers, whatever the mask says."""
     return not holds_prefix_in_cache(model) and model.config.model_type not in _BLIND_TO_PADDING
+
+
+def rotates_by_length(model: PreTrainedModel) -> bool:
+    """Return whether the angles of rotary positions change with the length of what is read (dynamic NTK, LongRoPE)."""
+    rotations = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    by_layer_type = [rotation for rotation in rotations.values() if isinstance(rotation, dict)]
+    return any(rotation.get("rope_type") in _ROTATIONS_BY_LENGTH for rotation in by_layer_type or [rotations])

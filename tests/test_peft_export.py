@@ -8,14 +8,17 @@ import pytest
 import torch
 from command_line import run_mend
 from peft import PeftModel
-from tiny_models import wrap_tiny_model
+from tiny_models import ids_of, make_model, wrap_tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mend_hf.errors import CheckpointError, DataError, UnsupportedModelError
+from mend_hf.integrations import peft as peft_export
 from mend_hf.integrations.peft import export_to_peft
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("so slow", "negative")]
-TURNED = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3"]
+TURNED = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3", "falcon"]
+SCALED = {"original_max_position_embeddings": 32, "factor": 4.0, "rope_theta": 10000.0}
 
 
 def logits(model, ids: Tensor, **given) -> Tensor:
@@ -52,7 +55,7 @@ def test_keys_and_values_answer_alike(tiny_model, tokenizer, tmp_path, family):
     assert_answers_alike(PeftModel.from_pretrained(tiny_model(family), tmp_path), model, distilled)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", *TURNED])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt", "lfm2", *TURNED])
 def test_vectors_answer_alike(tiny_model, tokenizer, tmp_path, family):
     model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2, prefix_form="embeds")
     distilled = model.distill(SHOTS)
@@ -60,12 +63,89 @@ def test_vectors_answer_alike(tiny_model, tokenizer, tmp_path, family):
     assert_answers_alike(PeftModel.from_pretrained(tiny_model(family), tmp_path), model, distilled)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "falcon_alibi"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon_alibi"])
 def test_positions_that_cannot_be_moved_are_refused(tiny_model, tokenizer, tmp_path, family):
     model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2)
     with pytest.raises(UnsupportedModelError, match="embeds"):
         export_to_peft(model, SHOTS, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def rotary_model(tokenizer, rotation: dict):
+    """A tiny Llama whose rotary positions are scaled in a way of their own."""
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**settings, max_position_embeddings=128, rope_parameters=rotation, **ids_of(tokenizer))
+    return make_model(AutoModelForCausalLM, config)
+
+
+@pytest.mark.parametrize(
+    "rotation",
+    [
+        {"rope_type": "linear"},
+        {"rope_type": "yarn"},
+        {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+    ids=lambda rotation: rotation["rope_type"],
+)
+def test_scaled_rotations_answer_long_queries_alike(tokenizer, tmp_path, rotation):
+    model = wrap_tiny_model(rotary_model(tokenizer, SCALED | rotation), tokenizer, num_virtual_tokens=3, lora_r=2)
+    distilled = model.distill(SHOTS)
+    export_to_peft(model, distilled, tmp_path)
+    adapter = PeftModel.from_pretrained(rotary_model(tokenizer, SCALED | rotation), tmp_path)
+    ids = torch.arange(4, 54)[None]
+    expected = logits(model, ids, demonstrations=distilled)
+    torch.testing.assert_close(logits(adapter, ids), expected, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_rounding_in_bfloat16_is_not_refused(tiny_model, tokenizer, tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    base, bare = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16) for _ in range(2))
+    model = wrap_tiny_model(base, tokenizer, num_virtual_tokens=0, lora_r=0)
+    distilled = model.distill(SHOTS * 6)
+    export_to_peft(model, distilled, tmp_path / "adapter")
+    ids = model.tokenize("moving and funny")["input_ids"]
+    expected = logits(model, ids, demonstrations=distilled)
+    got = logits(PeftModel.from_pretrained(bare, tmp_path / "adapter"), ids)
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("distance", [-1, 1])
+def test_keys_at_the_wrong_positions_are_refused(tiny_model, tokenizer, tmp_path, monkeypatch, distance):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    find = peft_export._find_rotations
+    monkeypatch.setattr(peft_export, "_find_rotations", lambda base, by, layers: find(base, by + distance, layers))
+    with pytest.raises(UnsupportedModelError, match="apart"):
+        export_to_peft(model, SHOTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("form", ["kv", "embeds"])
+@pytest.mark.parametrize(
+    "rotation",
+    [{"rope_type": "dynamic"}, {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}],
+    ids=lambda rotation: rotation["rope_type"],
+)
+def test_rotations_that_change_with_the_length_are_refused(tokenizer, tmp_path, rotation, form):
+    base = rotary_model(tokenizer, SCALED | rotation)
+    model = wrap_tiny_model(base, tokenizer, num_virtual_tokens=3, lora_r=2, prefix_form=form)
+    with pytest.raises(UnsupportedModelError, match="length of the text"):
+        export_to_peft(model, SHOTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_that_counts_slots_needs_no_turning(tiny_model, tokenizer, tmp_path):
+    model = wrap_tiny_model(tiny_model("bloom"), tokenizer, num_virtual_tokens=3, lora_r=2)
+    distilled = model.distill(SHOTS)
+    export_to_peft(model, distilled, tmp_path)
+    assert_answers_alike(PeftModel.from_pretrained(tiny_model("bloom"), tmp_path), model, distilled)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_state_space_model_is_refused(tiny_model, tokenizer, tmp_path, family):
+    model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2)
+    with pytest.raises(UnsupportedModelError, match="past_key_values"):
+        export_to_peft(model, SHOTS, tmp_path / "adapter")
 
 
 def test_a_prefix_without_holes_needs_no_turning(tiny_model, tokenizer, tmp_path):
