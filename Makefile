@@ -11,6 +11,10 @@ DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
+OLDEST := .venv-oldest
+# What touches transformers, peft and the Hub's client; RecurrentGemma takes no embeddings in the oldest transformers.
+OLDEST_TESTS := artifact cli encoder_decoder equations families generation heads hub hub_server peft_export pipeline \
+  saved_pair trainer tuned
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 
 # glibc gives freed memory back to the system after every large tensor and fetches it again page by page; keeping it saves
@@ -18,15 +22,15 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-inp
 test unit real demo: export MALLOC_MMAP_THRESHOLD_ := 4294967296
 test unit real demo: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # Nothing here needs the Hub; without this a library's question to it would wait for a network that may not be there.
-test unit real: export HF_HUB_OFFLINE := 1
+test unit real test-oldest: export HF_HUB_OFFLINE := 1
 demo: export HF_HUB_OFFLINE := $(if $(findstring --from-hub,$(DEMO_ARGS)),0,1)
 
-.PHONY: help setup test demo check format unit real docs clean
+.PHONY: help setup test test-oldest demo check format unit real docs clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(STAMPS)/dev $(STAMPS)/weights ## Make .venv with all that development needs
 
@@ -54,6 +58,9 @@ unit: $(STAMPS)/dev ## Run the tests with tiny models
 real: $(STAMPS)/dev $(STAMPS)/weights ## Run the tests with a real language model
 	$(BIN)/python -m pytest -m real
 
+test-oldest: $(OLDEST)/.installed ## Run tests with the oldest supported releases, in an environment of their own
+	$(OLDEST)/bin/python -m pytest -m "not real" -k "not recurrent_gemma" $(OLDEST_TESTS:%=tests/test_%.py)
+
 docs: $(STAMPS)/dev ## Build the documentation; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
@@ -72,6 +79,13 @@ $(STAMPS)/torch: | $(STAMPS)/venv
 
 $(STAMPS)/demo: setup.py | $(STAMPS)/torch
 	$(PIP) install --editable ".[demo]"
+	@touch $@
+
+$(OLDEST)/.installed: setup.py tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install torch==$(TORCH)
+	$(OLDEST)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install --editable \
+	  ".[data,eval,gguf]" --requirement tests/oldest.txt hypothesis pytest
 	@touch $@
 
 # All that the demo needs is part of dev.

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mend_hf.architectures import get_max_positions, get_sliding_window, reads_padding
 from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
+
+# Ways to generate that read the wrong tokens behind a filled cache in transformers before these releases.
+_RIGHT_SINCE = {"assistant_model": "5.20", "prompt_lookup_num_tokens": "5.20", "prefill_chunk_size": "5.21"}
+
+
+def check_release(generation: Mapping[str, Any]) -> None:
+    """Refuse ways to generate that the installed transformers gets wrong behind a filled cache.
+
+    Args:
+        generation: Settings of `generate`.
+
+    Raises:
+        ConfigError: There are such settings.
+    """
+    for name, since in _RIGHT_SINCE.items():
+        if generation.get(name) is not None and Version(transformers.__version__) < Version(since):
+            raise ConfigError(
+                f"Expected transformers {since} or newer for {name} behind a prefix, got {transformers.__version__}, "
+                "which then reads the wrong tokens: upgrade it, or leave the setting out."
+            )
 
 
 def check_gradients(base_model: PreTrainedModel) -> None:

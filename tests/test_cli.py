@@ -544,7 +544,8 @@ def test_what_cannot_be_compared_is_refused_and_leaves_nothing(
 
 def test_evaluate_scores_free_form_tasks(mend: Mend, base_folder: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
-        write_lines(tmp_path / f"song.{split}.jsonl", [{"input": word, "output": "a song"} for word in ("one", "two")])
+        rows = [{"input": f"{split} {word}", "output": "a song"} for word in ("one", "two")]
+        write_lines(tmp_path / f"song.{split}.jsonl", rows)
     words = ["--base-model", base_folder, "--tasks", tmp_path, "--output-dir", tmp_path / "out"]
     result = mend("evaluate", *words, "--num-demonstrations", 2, "--seeds", "13")
     assert result.code == 0, result.err

@@ -23,7 +23,7 @@ from mend_hf.caches import (
     repeat_rows,
 )
 from mend_hf.errors import ConfigError, ShapeError
-from mend_hf.guards import check_positions
+from mend_hf.guards import check_positions, check_release
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_tokens, make_cache, read_embeddings
 from mend_hf.routes.base import Route, change_tokens, check_spans
 
@@ -76,6 +76,7 @@ class CachedRoute(Route):
         embeddings = generation.pop("inputs_embeds", None)
         query: Any = input_ids if embeddings is None else embeddings
         _check_mask(attention_mask, query.shape[1])
+        check_release(generation)
         if not attention_mask[:, -1].all():
             raise ShapeError("Expected queries padded on the left, got padding at a row's end: pad on the left.")
         num_new_tokens = count_new_tokens(num_tokens, self.base_model, generation)
