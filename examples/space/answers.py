@@ -12,17 +12,21 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mend_hf import Demonstration, DistilledDemonstrations, MendModel
 from mend_hf.artifact import RECORD_NAME, WEIGHTS_NAME
 from mend_hf.data.rows import get_text, read_rows
 from mend_hf.demonstrations import parse_demonstrations
 from mend_hf.errors import CheckpointError, DataError
-from mend_hf.evaluation.attention import measure_attention
+from mend_hf.evaluation.attention import measure_slots
 from mend_hf.evaluation.methods import in_context, zero_shot
 from mend_hf.evaluation.readers import Reader
 from mend_hf.fingerprint import check_fingerprint
@@ -208,7 +212,7 @@ def _answer(make: Callable[[], Reader], query: str, options: Sequence[str], read
 
 
 def draw_attention(model: MendModel, task: Task | None, query: str) -> Figure:
-    """Return a heat map of where the query's attention goes, layer by layer: kinds of slots, and the query itself.
+    """Return a heat map of which slots the query attends to, layer by layer.
 
     The model's attention is another one meanwhile: let no other thread use it.
 
@@ -218,22 +222,41 @@ def draw_attention(model: MendModel, task: Task | None, query: str) -> Figure:
     """
     task = _check_task(task)
     _check_query(query)
-    shares = measure_attention(model, task.distilled.prefix, [query])
-    kinds = ("sink", "anchors", "placeholders", "query")
-    table = torch.stack([getattr(shares, kind) for kind in kinds]).tolist()  # [4, L]
-    figure = Figure(figsize=(8.0, 2.6), layout="constrained", facecolor="none")
+    attention = measure_slots(model, task.distilled.prefix, query)
+    shares = 100 * attention.shares.cpu()  # [L, S]
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained", facecolor="none")
     axes = figure.subplots()
-    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    num_layers = len(table[0])
-    axes.set_xticks(range(0, num_layers, max(1, num_layers // 10)))
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("layer", color=_GREY)
-    bar = figure.colorbar(image, ax=axes, label="share of attention")
-    bar.ax.yaxis.label.set_color(_GREY)
+    # One slot, the sink, may hold most of all attention: on a linear scale it would be the only one to be seen.
+    scale = LogNorm(vmin=max(float(shares.max()) / 1000, 1e-6), vmax=max(float(shares.max()), 1e-3), clip=True)
+    image = axes.imshow(shares.tolist(), aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
+    _mark_kinds(axes, attention.kinds)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_ylabel("layer", color=_GREY)
+    kept = 100 - float(shares.sum(1).mean())
+    axes.set_title(f"attention to every slot; {kept:.0f} % stay with the query", color=_GREY, fontsize=11)
+    bar = figure.colorbar(image, ax=axes, format="%g")
+    bar.set_label("percent", color=_GREY)
     for each in (axes, bar.ax):
-        each.tick_params(colors=_GREY)
+        each.tick_params(which="both", colors=_GREY)
         each.spines[:].set_visible(False)
     return figure
+
+
+def _mark_kinds(axes: Axes, kinds: Sequence[str]) -> None:
+    """Name every run of slots of one kind below it, with a line between runs."""
+    start, ticks, names = 0, [], []
+    for kind, run in groupby(kinds):
+        length = len([*run])
+        ticks.append(start + (length - 1) / 2)
+        names.append(f"{length} {kind}{'s' if length > 1 else ''}" if kind != "sink" else kind)
+        if start:
+            axes.axvline(start - 0.5, color="white", linewidth=1)
+        start += length
+    few = len(ticks) <= 3
+    axes.set_xticks(ticks if few else [], names if few else [])
+    if few and "sink" in names:
+        axes.get_xticklabels()[names.index("sink")].set_horizontalalignment("right")
+    axes.set_xlabel("slots", color=_GREY)
 
 
 def _check_task(task: Task | None) -> Task:

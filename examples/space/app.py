@@ -39,6 +39,7 @@ ROWS = [
     ["You have won a voucher, click here to claim it.", "skip"],
     ["The new holiday rules apply from January.", "read"],
 ]
+EMPTY_ROWS = [["", ""]] * 4
 HEADERS = ["input", "output"]
 ABOUT = """# MEND
 Demonstrations are read once and distilled into a short prefix; the frozen model answers from the prefix."""
@@ -156,6 +157,9 @@ def build_page(model: MendModel) -> gr.Blocks:
                         ROWS, headers=HEADERS, column_count=2, type="array", interactive=True, wrap=True,
                         show_label=False, max_height=320, column_widths=["70%", "30%"], buttons=[],
                     )  # fmt: skip
+                    with gr.Row():
+                        add = gr.Button("Add rows", size="md", min_width=100)
+                        clear = gr.Button("Clear", size="md", min_width=100)
                 with gr.Tab("JSON lines"):
                     lines = gr.Textbox(
                         label="One object with input and output a line", lines=6, max_lines=12,
@@ -167,8 +171,8 @@ def build_page(model: MendModel) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 status = gr.Markdown("Nothing distilled yet.", elem_id="status")
                 with gr.Row():
-                    download = gr.DownloadButton("Download the distilled file", interactive=False, min_width=140)
-                    upload = gr.UploadButton("Upload a distilled file", file_types=[".zip"], min_width=140)
+                    download = gr.DownloadButton("Download distilled", interactive=False, size="md", min_width=140)
+                    upload = gr.UploadButton("Upload distilled", file_types=[".zip"], size="md", min_width=140)
                 query = gr.Textbox(label="Query", lines=2, placeholder="Your invoice for March is attached.")
                 options = gr.Textbox(
                     label="Options, one a line", info="Leave empty to let the model write its answer.", lines=3
@@ -179,7 +183,9 @@ def build_page(model: MendModel) -> gr.Blocks:
             for name in METHODS:
                 with gr.Column(min_width=240):
                     shown += [gr.Label(label=name), gr.Markdown()]
-        plot = gr.Plot(label="Where the query's attention goes", visible=False, format="png")
+        plot = gr.Plot(label="Which slots the query attends to", show_label=False, visible=False, format="png")
+        add.click(lambda rows: [*rows, *EMPTY_ROWS], table, table)
+        clear.click(lambda: EMPTY_ROWS, None, table)
         fill.click(partial(put_into_table, answers.parse_lines), lines, table)
         file.upload(partial(put_into_table, answers.read_file), file, table)
         distil.click(handlers.distil, table, [task, status, options, download]).success(
