@@ -166,13 +166,13 @@ def build_page(model: MendModel) -> gr.Blocks:
                         placeholder='{"input": "great film", "output": "positive"}',
                     )  # fmt: skip
                     fill = gr.Button("Put into the table")
-                    file = gr.UploadButton("Upload a .jsonl file", file_types=[".jsonl"])
+                    file = gr.UploadButton("Upload .jsonl", file_types=[".jsonl"])
                 distil = gr.Button("Distil", variant="primary")
             with gr.Column(scale=2, min_width=320):
                 status = gr.Markdown("Nothing distilled yet.", elem_id="status")
                 with gr.Row():
-                    download = gr.DownloadButton("Download distilled", interactive=False, size="md", min_width=140)
-                    upload = gr.UploadButton("Upload distilled", file_types=[".zip"], size="md", min_width=140)
+                    download = gr.DownloadButton("Download .zip", interactive=False, size="md", min_width=140)
+                    upload = gr.UploadButton("Upload .zip", file_types=[".zip"], size="md", min_width=140)
                 query = gr.Textbox(label="Query", lines=2, placeholder="Your invoice for March is attached.")
                 options = gr.Textbox(
                     label="Options, one a line", info="Leave empty to let the model write its answer.", lines=3
