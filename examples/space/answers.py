@@ -224,12 +224,11 @@ def draw_attention(model: MendModel, task: Task | None, query: str) -> Figure:
     _check_query(query)
     attention = measure_slots(model, task.distilled.prefix, query)
     shares = 100 * attention.shares.cpu()  # [L, S]
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(5.0, 3.0), dpi=140, layout="constrained", facecolor="none")
     axes = figure.subplots()
     # One slot, the sink, may hold most of all attention: on a linear scale it would be the only one to be seen.
     highest = max(float(shares.max()), 1e-3)
-    lowest = min(max(float(shares.min()), highest / 1000), highest / 2)
-    scale = LogNorm(lowest, highest, clip=True)
+    scale = LogNorm(highest / 1000, highest, clip=True)
     image = axes.imshow(shares.tolist(), aspect="auto", cmap="viridis", norm=scale, interpolation="nearest")
     _mark_kinds(axes, attention.kinds)
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import html
 import os
+import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -111,9 +113,13 @@ class Handlers:
         return [*shown, gr.Plot(figure, visible=True)]
 
     def download(self, task: Task | None) -> str:
-        """Pack what was distilled; gradio takes a copy, which it deletes after a while."""
+        """Pack what was distilled; gradio serves a copy, so that what is old here can go."""
+        folder = Path(self.folder.name)
+        for old in folder.iterdir():
+            if time.time() - old.stat().st_mtime > SECONDS_KEPT:
+                shutil.rmtree(old, ignore_errors=True)
         with shown_errors():
-            return str(answers.pack(task, Path(tempfile.mkdtemp(dir=self.folder.name)) / "distilled.zip"))
+            return str(answers.pack(task, Path(tempfile.mkdtemp(dir=folder)) / "distilled.zip"))
 
 
 def describe_task(task: Task) -> str:
