@@ -5,7 +5,7 @@ import torch
 
 from mend_hf import Demonstration, MendConfig, get_mend_model
 from mend_hf.errors import DataError, ShapeError, UnsupportedModelError
-from mend_hf.evaluation.attention import measure_attention
+from mend_hf.evaluation.attention import measure_attention, measure_slots
 
 SHOTS = [Demonstration("great film", "positive"), Demonstration("a bore", "negative")]
 
@@ -49,6 +49,19 @@ def test_the_first_layer_equals_a_softmax_made_by_hand(tiny_model, tokenizer):
     torch.testing.assert_close(shares.anchors[0], weights[anchors].sum())
     torch.testing.assert_close(shares.placeholders[0], weights[num_slots - 3 : num_slots].sum())
     torch.testing.assert_close(shares.query[0], weights[num_slots:].sum())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_slots_of_a_kind_have_its_share_together(tiny_model, tokenizer, name):
+    model = make_model(tiny_model, tokenizer, name)
+    prefix = model.distill(SHOTS).prefix
+    shares, slots = measure_attention(model, prefix, ["great film"]), measure_slots(model, prefix, "great film")
+    assert slots.shares.shape == (3, prefix.num_slots)
+    assert slots.kinds[0] == "sink"
+    assert slots.kinds[-3:] == ("placeholder",) * 3
+    for kind, share in (("sink", shares.sink), ("anchor", shares.anchors), ("placeholder", shares.placeholders)):
+        own = torch.tensor([each == kind for each in slots.kinds])
+        torch.testing.assert_close(slots.shares[:, own].sum(1), share)
 
 
 def test_the_models_own_attention_is_back_also_after_an_error(tiny_model, tokenizer, monkeypatch):

@@ -36,6 +36,19 @@ class AttentionShares:
     query: Tensor
 
 
+@dataclass(frozen=True)
+class SlotAttention:
+    """Which slots attention goes to.
+
+    Attributes:
+        shares: Of every layer's attention (L, S), from 0 to 1; what a layer's slots lack to 1 stays with the query.
+        kinds: "sink", "anchor" or "placeholder", one a slot.
+    """
+
+    shares: Tensor
+    kinds: tuple[str, ...]
+
+
 @torch.no_grad()
 def measure_attention(model: MendModel, prefix: Prefix, queries: Sequence[str]) -> AttentionShares:
     """Return the shares of attention that the tokens of queries pay, a mean over heads, tokens and then queries.
@@ -55,6 +68,28 @@ def measure_attention(model: MendModel, prefix: Prefix, queries: Sequence[str]) 
     """
     if not queries:
         raise DataError("Expected one query or more to measure attention, got none: add some.")
+    slots = _prepare_slots(model, prefix)
+    with _eager_attention(model.base_model):
+        shares = torch.stack([_measure_query(model, slots, query) for query in queries]).mean(0)  # [L, 4]
+    return AttentionShares(*shares.unbind(1))
+
+
+@torch.no_grad()
+def measure_slots(model: MendModel, prefix: Prefix, query: str) -> SlotAttention:
+    """Return the share of attention that a query's tokens pay to every slot, a mean over heads and tokens.
+
+    Takes and raises what `measure_attention` does, of one query.
+    """
+    slots = _prepare_slots(model, prefix)
+    with _eager_attention(model.base_model):
+        weights = _read_weights(model, slots, query)  # [L, S + T]
+    names = ("sink", "anchor", "placeholder")
+    kinds = _kinds_of_slots(slots, 0).tolist()
+    return SlotAttention(weights[:, : slots.num_slots], tuple(names[kind] for kind in kinds))
+
+
+def _prepare_slots(model: MendModel, prefix: Prefix) -> KeyValuePrefix:
+    """Return a prefix of one row as keys and values."""
     if len(prefix) != 1:
         raise ShapeError(f"Expected a prefix of 1 row, got {len(prefix)} rows: pick one with .select([0]).")
     slots = model.route.prepare(prefix)
@@ -63,13 +98,18 @@ def measure_attention(model: MendModel, prefix: Prefix, queries: Sequence[str]) 
             "Expected a decoder-only base model that keeps keys and values of every token, got one that reads the "
             "prefix as embeddings: measure another model."
         )
-    with _eager_attention(model.base_model):
-        shares = torch.stack([_measure_query(model, slots, query) for query in queries]).mean(0)  # [L, 4]
-    return AttentionShares(*shares.unbind(1))
+    return slots
 
 
 def _measure_query(model: MendModel, prefix: KeyValuePrefix, query: str) -> Tensor:
     """Return the shares (L, 4) of one query, in the order of `AttentionShares`."""
+    weights = _read_weights(model, prefix, query)  # [L, S + T]
+    kinds = _kinds_of_slots(prefix, weights.shape[1] - prefix.num_slots)
+    return torch.stack([weights[:, kinds == kind].sum(1) for kind in range(4)], dim=1)
+
+
+def _read_weights(model: MendModel, prefix: KeyValuePrefix, query: str) -> Tensor:
+    """Return every layer's attention (L, S + T), a mean over heads and the query's tokens."""
     encoding = model.tokenize(query)
     inputs = continue_inputs(prefix, encoding["attention_mask"], model.base_model)
     read = model.base_model(input_ids=encoding["input_ids"], output_attentions=True, **inputs)
@@ -82,9 +122,7 @@ def _measure_query(model: MendModel, prefix: KeyValuePrefix, query: str) -> Tens
             f"layers, got {[None if layer is None else tuple(layer.shape[-2:]) for layer in layers]}: measure a model "
             "whose layers all attend to every token, or a shorter prefix and query."
         )
-    kinds = _kinds_of_slots(prefix, num_tokens)  # [S + T]
-    weights = torch.stack([layer[0].float().mean((0, 1)) for layer in layers])  # [L, S + T] of [N, T, S + T] each
-    return torch.stack([weights[:, kinds == kind].sum(1) for kind in range(4)], dim=1)
+    return torch.stack([layer[0].float().mean((0, 1)) for layer in layers])  # [L, S + T] of [N, T, S + T] each
 
 
 def _kinds_of_slots(prefix: KeyValuePrefix, num_tokens: int) -> Tensor:
