@@ -60,7 +60,7 @@ class DistillerTokenizer(PreTrainedTokenizerFast):
             raise CheckpointError(
                 f"Expected {name_or_path} to name its base model, got none: load the tokenizer of the base model."
             )
-        rest = {name: value for name, value in kwargs.items() if name not in _OTHERS_ARGUMENTS}
+        rest = {name: value for name, value in kwargs.items() if name not in (*_HUB_ARGUMENTS, *_OTHERS_ARGUMENTS)}
         rest |= {"token": hub["token"]} if "token" in hub else {}
         return AutoTokenizer.from_pretrained(
             config.base_model_name_or_path, *args, revision=config.base_model_revision or "main", **rest

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mend_hf.architectures import get_max_positions, get_sliding_window, reads_padding
 from mend_hf.errors import ConfigError, ShapeError, UnsupportedModelError
 
+INSTALLED = Version(transformers.__version__)
 # Ways to generate that read the wrong tokens behind a filled cache in transformers before these releases.
 _RIGHT_SINCE = {"assistant_model": "5.20", "prompt_lookup_num_tokens": "5.20", "prefill_chunk_size": "5.21"}
 
@@ -29,9 +30,9 @@ def check_release(generation: Mapping[str, Any]) -> None:
         ConfigError: There are such settings.
     """
     for name, since in _RIGHT_SINCE.items():
-        if generation.get(name) is not None and Version(transformers.__version__) < Version(since):
+        if generation.get(name) is not None and Version(since) > INSTALLED:
             raise ConfigError(
-                f"Expected transformers {since} or newer for {name} behind a prefix, got {transformers.__version__}, "
+                f"Expected transformers {since} or newer for {name} behind a prefix, got {INSTALLED}, "
                 "which then reads the wrong tokens: upgrade it, or leave the setting out."
             )
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import transformers
 from family_checks import FEATURES, QUERIES, SHOTS, Family
+from packaging.version import Version
 from tiny_models import TINY_MODELS
 from transformers import (
     AutoConfig,
@@ -49,6 +51,8 @@ def remedy(name: str, feature: str) -> str | None:
         return "one by one"
     if name in WITHOUT_SLOTS and feature == "prompt lookup":
         return "leave it out"
+    if feature == "prompt lookup" and Version(transformers.__version__) < Version("5.20"):
+        return "upgrade it"
     return None
 
 
