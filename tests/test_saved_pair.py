@@ -248,3 +248,11 @@ def test_mutated_files_are_loaded_or_refused_and_never_anything_else(tmp_path: P
 def _save(folder: Path) -> list[bytes]:
     make(1).save_pretrained(folder)
     return [(folder / name).read_bytes() for name in (RECORD, WEIGHTS)]
+
+
+def test_inputs_that_a_fuzzer_finds_load_or_are_refused(tmp_path):
+    pytest.importorskip("atheris", reason="atheris has no wheel for this Python or system")
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_saved.py")), "-runs=3000", "-timeout=10", "-seed=1"]
+    fuzzer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert fuzzer.returncode == 0, fuzzer.stderr[-2000:]
+    assert "Done 3000 runs" in fuzzer.stderr
