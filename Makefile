@@ -8,6 +8,9 @@ TORCH ?= 2.13.0
 # For example: make demo DEMO_ARGS=--from-hub
 DEMO_ARGS ?=
 
+# How many tests run at once; `make unit JOBS=8`.
+JOBS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -24,6 +27,8 @@ test unit real demo: export MALLOC_MMAP_THRESHOLD_ := 4294967296
 test unit real demo: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # Nothing here needs the Hub; without this a library's question to it would wait for a network that may not be there.
 test unit real test-oldest: export HF_HUB_OFFLINE := 1
+# The quick tests run side by side, a thread each.
+unit: export OMP_NUM_THREADS := 1
 demo: export HF_HUB_OFFLINE := $(if $(findstring --from-hub,$(DEMO_ARGS)),0,1)
 
 .PHONY: help setup test test-oldest demo check format unit real docs clean
@@ -54,7 +59,7 @@ format: $(STAMPS)/dev ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix
 
 unit: $(STAMPS)/dev ## Run the tests with tiny models
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -m "not real" --numprocesses $(JOBS)
 
 real: $(STAMPS)/dev $(STAMPS)/weights ## Run the tests with a real language model
 	$(BIN)/python -m pytest -m real

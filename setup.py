@@ -36,7 +36,8 @@ EXTRAS = {
 EXTRAS["eval"] = ["evaluate", "matplotlib", "pandas", "scikit-learn", *EXTRAS["data"]]
 EXTRAS["demo"] = [*EXTRAS["gguf"], "zstandard"]
 TOOLS = {
-    "httpx", "hypothesis", "ipykernel", "mypy", "nbclient", "nbformat", "playwright", "pre-commit", "pytest", "ruff",
+    "httpx", "hypothesis", "ipykernel", "mypy", "nbclient", "nbformat", "playwright", "pre-commit", "pytest",
+    "pytest-xdist", "ruff",
 }  # fmt: skip
 # The fuzzer has wheels for few systems; its test is skipped where it is missing.
 TOOLS.add('atheris; sys_platform == "linux" and platform_machine == "x86_64" and python_version == "3.11"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def push_distiller_folder(
     def write(existing: str | None, repo_id: str, paths: list[str]) -> str:
         return write_card(config, facts, subfolder, existing or own, repo_id, paths)
 
-    files = {join_path(subfolder, name): path for name, path in found.items() if path}
+    files: dict[str, Path | bytes] = {join_path(subfolder, name): path for name, path in found.items() if path}
+    if not found[DISTILLER_RECORD_NAME]:  # folders of 0.1.0's first versions have none
+        files[join_path(subfolder, DISTILLER_RECORD_NAME)] = json.dumps(DISTILLER_RECORD).encode()
     return push_files(repo_id, files, write, PushOptions(**options), join_path(subfolder, CARD_NAME))
 
 

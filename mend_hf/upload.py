@@ -47,7 +47,7 @@ class PushOptions:
 
 def push_files(
     repo_id: str,
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | bytes],
     write_card: Callable[[str | None, str, list[str]], str],
     options: PushOptions,
     card_name: str = CARD_NAME,
@@ -59,7 +59,7 @@ def push_files(
 
     Args:
         repo_id: `name` or `owner/name`.
-        files: By path in the repository.
+        files: Their places here, or what they hold, by path in the repository.
         write_card: From the text of the card that is there (or None), the repository's full name and the paths of all
             files in it, those pushed included, to the card's new text.
         options: How to push.
@@ -165,4 +165,5 @@ def explain_hub_errors(action: str) -> Iterator[None]:
             409: "others commit there all the time: try again",
             412: "others commit there all the time: try again",
         }.get(status or 0, "look at the name and at the network, and try again")
-        raise HubError(f"Expected to {action}, got {str(error) or type(error).__name__}: {remedy}.") from error
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise HubError(f"Expected to {action}, got {said}: {remedy}.") from error

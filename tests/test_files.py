@@ -42,3 +42,13 @@ def test_a_failing_first_save_leaves_no_folder(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_save_replaces_a_link_and_leaves_alone_what_it_points_to(tmp_path):
+    (tmp_path / "elsewhere").write_text("somebody else's")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").symlink_to(tmp_path / "elsewhere")
+    with write_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "folder" / "a").read_text() == "new"
+    assert (tmp_path / "elsewhere").read_text() == "somebody else's"

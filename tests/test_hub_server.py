@@ -403,9 +403,10 @@ def test_a_folder_is_pushed_and_pulled_without_its_base_model(hub, model, tmp_pa
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "training_log.json").write_text("{}")
     (tmp_path / "saved" / "training_args.bin").write_bytes(b"somebody's pickle")
+    (tmp_path / "saved" / "config.json").unlink()  # as in folders of 0.1.0's first versions
     push_distiller_folder(tmp_path / "saved", "user/mend-x")
     assert "training_args.bin" not in hub["user/mend-x"].files()
-    assert "training_log.json" in hub["user/mend-x"].files()
+    assert {"training_log.json", "config.json"} <= set(hub["user/mend-x"].files())
     assert pull("user/mend-x", tmp_path / "copy") == []
     base = model.unload()
     assert_equal(MendModel.from_pretrained(base, tmp_path / "copy"), model)

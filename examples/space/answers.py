@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mend_hf import Demonstration, DistilledDemonstrations, MendModel
-from mend_hf.artifact import RECORD_NAME, WEIGHTS_NAME
 from mend_hf.data.rows import get_text, read_rows
 from mend_hf.demonstrations import parse_demonstrations
 from mend_hf.errors import CheckpointError, DataError
@@ -30,6 +29,7 @@ from mend_hf.evaluation.attention import measure_slots
 from mend_hf.evaluation.methods import in_context, zero_shot
 from mend_hf.evaluation.readers import Reader
 from mend_hf.fingerprint import check_fingerprint
+from mend_hf.library import RECORD_NAME, WEIGHTS_NAME
 from mend_hf.prefix import KeyValuePrefix
 
 MAX_TEXT_BYTES = 1_000_000
