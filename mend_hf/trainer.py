@@ -334,7 +334,7 @@ def _check_model(model: Any, args: MendTrainingArguments) -> None:
             f"token, got {head}: train with transformers' Trainer and a collator that gives demo_input_ids and the "
             "head's labels; the loss that the model then returns is the head's own."
         )
-    if isinstance(model, MendModel) and not any(parameter.requires_grad for parameter in model.parameters()):
+    if isinstance(model, MendModel) and not any(tensor.numel() for _, tensor in model.distiller.trained_tensors()):
         raise ConfigError(
             "Expected a distiller with something to train, got lora_r=0 and num_virtual_tokens=0, which leave the "
             "training-free anchors: answer from them as they are, or raise one of the two."
