@@ -209,7 +209,8 @@ def print_tables(results: Sequence[TaskResult], console: Console) -> None:
         console.print(to_table(part, title="Points of 100, mean over seeds"))
     console.print(to_table(cost_rows(summaries), title="Cost, mean over tasks and seeds"))
     counts = sorted({result.num_demonstrations for result in results})
-    shown = f"{len(by_task) - 1} tasks, {', '.join(map(str, counts))} demonstrations"
+    num_tasks = len(by_task) - 1
+    shown = f"{num_tasks} task{'s' if num_tasks > 1 else ''}, {', '.join(map(str, counts))} demonstrations"
     console.print(to_table(method_rows(summaries), title=shown))
 
 
