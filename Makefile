@@ -23,12 +23,12 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-inp
 
 # glibc gives freed memory back to the system after every large tensor and fetches it again page by page; keeping it saves
 # a tenth to a fifth of a forward pass on a CPU.
-test unit real demo: export MALLOC_MMAP_THRESHOLD_ := 4294967296
-test unit real demo: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+test unit real test-oldest demo: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+test unit real test-oldest demo: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # Nothing here needs the Hub; without this a library's question to it would wait for a network that may not be there.
 test unit real test-oldest: export HF_HUB_OFFLINE := 1
 # The quick tests run side by side, a thread each.
-unit: export OMP_NUM_THREADS := 1
+unit test-oldest: export OMP_NUM_THREADS := 1
 demo: export HF_HUB_OFFLINE := $(if $(findstring --from-hub,$(DEMO_ARGS)),0,1)
 
 .PHONY: help setup test test-oldest demo check format unit real docs clean
@@ -36,7 +36,7 @@ demo: export HF_HUB_OFFLINE := $(if $(findstring --from-hub,$(DEMO_ARGS)),0,1)
 .NOTPARALLEL:
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMPS)/dev $(STAMPS)/weights ## Make .venv with all that development needs
 
@@ -65,7 +65,8 @@ real: $(STAMPS)/dev $(STAMPS)/weights ## Run the tests with a real language mode
 	$(BIN)/python -m pytest -m real
 
 test-oldest: $(OLDEST)/.installed ## Run tests with the oldest supported releases, in an environment of their own
-	$(OLDEST)/bin/python -m pytest -m "not real" -k "not recurrent_gemma and not explains_every_option" $(OLDEST_TESTS:%=tests/test_%.py)
+	$(OLDEST)/bin/python -m pytest -m "not real" -k "not recurrent_gemma and not explains_every_option" --numprocesses $(JOBS) \
+	  $(OLDEST_TESTS:%=tests/test_%.py)
 
 docs: $(STAMPS)/dev ## Build the documentation; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
@@ -91,7 +92,7 @@ $(OLDEST)/.installed: setup.py tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install torch==$(TORCH)
 	$(OLDEST)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install --editable \
-	  ".[data,eval,gguf]" --requirement tests/oldest.txt hypothesis pytest
+	  ".[data,eval,gguf]" --requirement tests/oldest.txt hypothesis pytest pytest-xdist
 	@touch $@
 
 # All that the demo needs is part of dev.
