@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mend_hf.architectures import check_base_model
 from mend_hf.config import MendConfig
@@ -171,6 +171,20 @@ class MendTrainer(PushingTrainer):
         if not budget or num_items_in_batch is None or "query_task_rows" not in inputs or self._is_sharded:
             return [inputs]
         return split_batch(inputs, budget, labels_apart=self._inner_model.config.is_encoder_decoder)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as `ResumableTrainer` does.
+
+        Raises:
+            ConfigError: The distiller has nothing to train.
+        """
+        model = self._inner_model
+        if isinstance(model, MendModel) and not any(tensor.numel() for _, tensor in model.distiller.trained_tensors()):
+            raise ConfigError(
+                "Expected a distiller with something to train, got lora_r=0 and num_virtual_tokens=0, which leave the "
+                "training-free anchors: answer from them as they are, or raise one of the two."
+            )
+        return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap the model, and let a sharded one stay whole within a step."""
@@ -333,11 +347,6 @@ def _check_model(model: Any, args: MendTrainingArguments) -> None:
             "Expected a base model with a language-model head, because teacher and student are compared token by "
             f"token, got {head}: train with transformers' Trainer and a collator that gives demo_input_ids and the "
             "head's labels; the loss that the model then returns is the head's own."
-        )
-    if isinstance(model, MendModel) and not any(tensor.numel() for _, tensor in model.distiller.trained_tensors()):
-        raise ConfigError(
-            "Expected a distiller with something to train, got lora_r=0 and num_virtual_tokens=0, which leave the "
-            "training-free anchors: answer from them as they are, or raise one of the two."
         )
     if isinstance(model, PreTrainedModel) and args.needs_teacher:
         raise ConfigError(

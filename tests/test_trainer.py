@@ -233,8 +233,9 @@ def test_a_bare_base_model_is_refused(tiny_model, arguments):
 
 def test_a_distiller_with_nothing_to_train_is_refused(tiny_model, tokenizer, arguments):
     anchors = get_mend_model(tiny_model("llama"), MendConfig(num_virtual_tokens=0, lora_r=0), tokenizer)
+    trainer = MendTrainer(model=anchors, args=arguments(), train_dataset=ROWS)
     with pytest.raises(ConfigError, match="something to train"):
-        MendTrainer(model=anchors, args=arguments(), train_dataset=ROWS)
+        trainer.train()
 
 
 def test_a_batch_without_a_teacher_is_refused_where_one_is_needed(model, arguments):
