@@ -19,7 +19,8 @@ OLDEST := .venv-oldest
 # the oldest client asks for a typer that does not tell the help of arguments.
 OLDEST_TESTS := artifact cli encoder_decoder equations families generation heads hub hub_server peft_export pipeline \
   saved_pair trainer tuned
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+QUIETLY := --quiet --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip $(QUIETLY)
 
 # glibc gives freed memory back to the system after every large tensor and fetches it again page by page; keeping it saves
 # a tenth to a fifth of a forward pass on a CPU.
@@ -90,8 +91,8 @@ $(STAMPS)/demo: setup.py | $(STAMPS)/torch
 
 $(OLDEST)/.installed: setup.py tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install torch==$(TORCH)
-	$(OLDEST)/bin/python -m pip --quiet --quiet --disable-pip-version-check --no-input install --editable \
+	$(OLDEST)/bin/python -m pip $(QUIETLY) install torch==$(TORCH)
+	$(OLDEST)/bin/python -m pip $(QUIETLY) install --editable \
 	  ".[data,eval,gguf]" --requirement tests/oldest.txt hypothesis pytest pytest-xdist
 	@touch $@
 

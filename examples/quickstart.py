@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tiny import load_tiny
-from weights import load_smollm2
+from model_options import add_model_options, load_model
 
-from mend_hf import DistilledDemonstrations, MendConfig, MendModel, get_mend_model
+from mend_hf import DistilledDemonstrations
 from mend_hf.data.metaicl import load_tasks
 
 HERE = Path(__file__).parent
@@ -22,17 +21,10 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Print what is asked, and what is answered."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--distiller", default=str(HERE / "distillers" / "smollm2-135m-kv"), help="folder or Hub id")
     parser.add_argument("--output-dir", default="outputs/support_tickets", help="where the distilled ones are kept")
-    parser.add_argument("--from-hub", action="store_true", help="load SmolLM2 by its Hub name, not from the package")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model without training: seconds, no network")
+    add_model_options(parser)
     args = parser.parse_args()
-    if args.tiny:
-        base, tokenizer = load_tiny()
-        model = get_mend_model(base, MendConfig(num_virtual_tokens=4), tokenizer).eval()
-    else:
-        base, tokenizer = load_smollm2(args.from_hub)
-        model = MendModel.from_pretrained(base, args.distiller, tokenizer)
+    model = load_model(args)
 
     examples = load_tasks(HERE / "data", split="train")["support_tickets"][:16]
     distilled = model.distill([(example.input, example.output) for example in examples])

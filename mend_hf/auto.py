@@ -5,30 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from mend_hf.architectures import TaskType
+from mend_hf.architectures import AUTO_CLASS_NAMES, TaskType
 from mend_hf.config import MendConfig
 from mend_hf.errors import CheckpointError
 from mend_hf.model import MendModel
 
 AUTO_CLASSES: dict[TaskType, Any] = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    task_type: getattr(transformers, name) for task_type, name in AUTO_CLASS_NAMES.items()
 }
 _CONFIG_ARGUMENTS = {
     "cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only", "proxies", "revision",

@@ -36,16 +36,14 @@ class _Loader:
         Raises:
             CheckpointError: The distiller is missing, damaged, for another task type, or names no base model.
         """
-        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        rest = {name: value for name, value in kwargs.items() if name not in (*_HUB_ARGUMENTS, *_OTHERS_ARGUMENTS)}
+        hub, rest = _split(kwargs)
         own = MendConfig.from_pretrained(name_or_path, **hub).task_type
         if own not in (cls.task_type, None):
             raise CheckpointError(
                 f"Expected a distiller for {AUTO_CLASSES[cls.task_type].__name__}, got one for "
                 f"{AUTO_CLASSES[own].__name__} in {name_or_path}: load it with that class."
             )
-        token = {"token": hub["token"]} if "token" in hub else {}
-        return AutoMendModel.from_pretrained(name_or_path, hub=hub, **token | rest)
+        return AutoMendModel.from_pretrained(name_or_path, hub=hub, **rest)
 
 
 class DistillerTokenizer(PreTrainedTokenizerFast):
@@ -54,17 +52,22 @@ class DistillerTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the base model that a distiller names."""
-        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub, rest = _split(kwargs)
         config = MendConfig.from_pretrained(name_or_path, **hub)
         if config.base_model_name_or_path is None:
             raise CheckpointError(
                 f"Expected {name_or_path} to name its base model, got none: load the tokenizer of the base model."
             )
-        rest = {name: value for name, value in kwargs.items() if name not in (*_HUB_ARGUMENTS, *_OTHERS_ARGUMENTS)}
-        rest |= {"token": hub["token"]} if "token" in hub else {}
         return AutoTokenizer.from_pretrained(
             config.base_model_name_or_path, *args, revision=config.base_model_revision or "main", **rest
         )
+
+
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments that are the distiller's, and those of its base model; a token is for both."""
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    rest = {name: value for name, value in kwargs.items() if name not in (*_HUB_ARGUMENTS, *_OTHERS_ARGUMENTS)}
+    return hub, rest | ({"token": hub["token"]} if "token" in hub else {})
 
 
 def register_auto_classes() -> None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from mend_hf.architectures import AUTO_CLASS_NAMES, TaskType
 from mend_hf.config import MendConfig
 from mend_hf.errors import CheckpointError
 
@@ -21,14 +22,14 @@ BEGIN = "<!-- mend_hf writes what stands between these two marks anew; write you
 END = "<!-- End of what mend_hf writes. -->"
 
 _NO_BASE = "path/or/hub-id/of/the/base-model"
-# By task type: the auto class that loads the base model, and what the Hub calls the task.
-_AUTO_CLASSES = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
-    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+# What the Hub calls a task type.
+_PIPELINE_TAGS: dict[TaskType, str] = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
 }
 
 
@@ -63,8 +64,8 @@ def make_card(
         subfolder: Inside that place.
     """
     facts = facts or CardFacts()
-    auto_class, pipeline_tag = _AUTO_CLASSES[config.task_type or "CAUSAL_LM"]
-    data = _make_data(config.base_model_name_or_path, pipeline_tag, "demonstration-distillation", facts)
+    task_type = config.task_type or "CAUSAL_LM"
+    data = _make_data(config.base_model_name_or_path, _PIPELINE_TAGS[task_type], "demonstration-distillation", facts)
     if facts.eval_results:
         data.model_name = (name or "distiller").split("/")[-1]
         data.eval_results = list(facts.eval_results)
@@ -76,7 +77,7 @@ def make_card(
         config=config,
         facts=facts,
         base=config.base_model_name_or_path or _NO_BASE,
-        auto_class=auto_class,
+        auto_class=AUTO_CLASS_NAMES[task_type],
         name=name or "path/or/hub-id/of/this/distiller",
         subfolder=subfolder,
     )
@@ -129,9 +130,9 @@ def complete_facts(facts: CardFacts | None, existing: str | None, where: str = C
     data = _parse(existing, where).data
     scores = facts.eval_results or getattr(data, "eval_results", None) or ()
     return CardFacts(
-        datasets=facts.datasets or _as_list(data.datasets),
+        datasets=facts.datasets or as_list(data.datasets),
         license=facts.license or data.license,
-        language=facts.language or _as_list(data.language),
+        language=facts.language or as_list(data.language),
         eval_results=scores,
         results=facts.results or _tabulate(scores),
     )
@@ -146,7 +147,8 @@ def _parse(text: str, where: str) -> ModelCard:
         ) from error
 
 
-def _as_list(value: Any) -> list[str]:
+def as_list(value: str | Sequence[str] | None) -> list[str]:
+    """Return one text, several or none as a list."""
     return [value] if isinstance(value, str) else list(value or ())
 
 

@@ -42,10 +42,7 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
     Raises:
         CheckpointError: There is no such folder, repository or file.
     """
-    subfolder = str(hub.get("subfolder") or "")
-    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
-        raise CheckpointError(f"Expected a subfolder inside {name_or_path}, got {subfolder!r}: leave the '..' out.")
-    local = find_file(Path(name_or_path, subfolder), filename)
+    local = find_file(Path(name_or_path, check_subfolder(hub.get("subfolder"), name_or_path)), filename)
     if local is not None:
         return local
     try:
@@ -54,6 +51,18 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
         raise CheckpointError(
             f"Expected a folder or a Hub repository with {filename}, got {str(name_or_path)!r}: {error}"
         ) from error
+
+
+def check_subfolder(subfolder: str | None, name_or_path: str | Path) -> str:
+    """Return a subfolder, "" for none.
+
+    Raises:
+        CheckpointError: It leads out of its place.
+    """
+    subfolder = str(subfolder or "")
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise CheckpointError(f"Expected a subfolder inside {name_or_path}, got {subfolder!r}: leave the '..' out.")
+    return subfolder
 
 
 def find_file(folder: Path, filename: str) -> Path | None:

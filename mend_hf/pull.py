@@ -13,7 +13,7 @@ from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.cards import CARD_NAME
 from mend_hf.config import CONFIG_NAME
 from mend_hf.errors import CheckpointError, DataError
-from mend_hf.files import check_output_folder, write_folder
+from mend_hf.files import check_output_folder, check_subfolder, write_folder
 from mend_hf.hub import DISTILLER_NAMES, LOG_NAME, load_distiller
 from mend_hf.library import RECORD_NAME, WEIGHTS_NAME, check_name, list_names
 from mend_hf.upload import explain_hub_errors, join_path
@@ -44,13 +44,13 @@ def pull(
         CheckpointError: Nothing of mend_hf is there, or it is damaged; or the folder cannot be written into.
         DataError: The library has no such name.
     """
-    target = check_output_folder(save_directory)
+    target, subfolder = check_output_folder(save_directory), check_subfolder(subfolder, repo_id)
     if name is not None:
         check_name(name)
     files = [*_DISTILLER_FILES, *_DEMONSTRATION_FILES]
     patterns = [join_path(subfolder, folder, file) for file in files for folder in (None, name or "*")]
     with explain_hub_errors(f"pull {repo_id}"):
-        snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, **hub), subfolder or "")
+        snapshot = Path(snapshot_download(repo_id, allow_patterns=patterns, **hub), subfolder)
     if name is None and (snapshot / CONFIG_NAME).is_file():
         load_distiller(snapshot, lambda _: None)
         _copy(snapshot, target, _DISTILLER_FILES)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from mend_hf import __version__
-from mend_hf.cards import CARD_NAME, CardFacts
+from mend_hf.cards import CARD_NAME, CardFacts, as_list
 from mend_hf.hub import DISTILLER_NAMES, push_distiller_folder
 from mend_hf.model import MendModel
 from mend_hf.watched import WatchedTrainer
@@ -76,7 +76,7 @@ class PushingTrainer(WatchedTrainer):
         """
         if not self._has_distiller:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **card)
-        tags = card.pop("tags", None) or ()
+        tags = as_list(card.pop("tags", None))
         facts = make_facts(**card)
         token = token or self.args.hub_token
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -94,7 +94,7 @@ class PushingTrainer(WatchedTrainer):
             commit_message=commit_message,
             token=token,
             revision=revision or self.args.hub_revision,
-            tags=[tags] if isinstance(tags, str) else tags,
+            tags=tags,
         )
         return job.result() if blocking else job
 
@@ -159,11 +159,7 @@ def make_facts(
         model_name: Accepted, and of no use: the card is named after the base model.
     """
     del model_name
-    return CardFacts(language=_as_list(language), license=license, datasets=_as_list(dataset_tags or dataset))
-
-
-def _as_list(value: str | Sequence[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+    return CardFacts(language=as_list(language), license=license, datasets=as_list(dataset_tags or dataset))
 
 
 def _report_failed(push: PushInProgress) -> None:

@@ -286,10 +286,8 @@ class MendTrainer(PushingTrainer):
     def _save_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         model = self._inner_model
         if isinstance(model, MendModel):
-            stages = [*self._earlier_stages, self._describe_stage()] if self.state.global_step else None
-            model.mend_config = dataclasses.replace(
-                model.mend_config, training_stages=stages or self._earlier_stages or None
-            )
+            stages = [*self._earlier_stages, *([self._describe_stage()] if self.state.global_step else [])]
+            model.mend_config = dataclasses.replace(model.mend_config, training_stages=stages or None)
             model.save_pretrained(folder, state_dict=state_dict)
         else:
             super()._save_model(folder, state_dict)

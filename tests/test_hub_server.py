@@ -393,6 +393,8 @@ def test_another_base_model_is_refused_before_the_weights_are_asked_for(hub, mod
 def test_a_subfolder_stays_inside_its_place(tmp_path, subfolder):
     with pytest.raises(CheckpointError, match="inside"):
         MendConfig.from_pretrained(tmp_path, subfolder=subfolder)
+    with pytest.raises(CheckpointError, match="inside"):
+        pull("user/mend-x", tmp_path / "copy", subfolder=subfolder)
 
 
 # Folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from mend_hf.cli.options import (
     Device,
     Distiller,
     OutputFolder,
+    load_demonstrations,
     load_for_answering,
     read_demonstrations,
 )
@@ -60,13 +61,7 @@ def generate(
 
     `mend generate --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl "moving and funny"`
     """
-    from mend_hf.artifact import DistilledDemonstrations
-
-    given: Any = None
-    if demonstrations is not None and demonstrations.is_dir():
-        given = DistilledDemonstrations.from_pretrained(demonstrations)
-    elif demonstrations is not None:
-        given = read_demonstrations(demonstrations)
+    given = None if demonstrations is None else load_demonstrations(demonstrations)
     model = load_for_answering(distiller, base_model, device)
     for answer in model.answer(queries, given, max_new_tokens=max_new_tokens):
         print(answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,8 +12,8 @@ from mend_hf.cli.options import (
     Device,
     Distiller,
     OutputFolder,
+    load_demonstrations,
     load_for_answering,
-    read_demonstrations,
 )
 from mend_hf.files import check_output_folder
 
@@ -31,15 +31,10 @@ def export_peft(
 
     `mend export-peft --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl --output-dir adapter`
     """
-    from mend_hf.artifact import DistilledDemonstrations
     from mend_hf.integrations.peft import export_to_peft
 
     check_output_folder(output_dir)
-    given: Any
-    if demonstrations.is_dir():
-        given = DistilledDemonstrations.from_pretrained(demonstrations)
-    else:
-        given = read_demonstrations(demonstrations)
+    given = load_demonstrations(demonstrations)
     model = load_for_answering(distiller, base_model, device)
     export_to_peft(model, given, output_dir)
     print(f"Saved the adapter in {output_dir}: PeftModel.from_pretrained(base_model, ...) loads it")

@@ -15,6 +15,7 @@ from mend_hf.errors import ConfigError, DataError, import_extra
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mend_hf.artifact import DistilledDemonstrations
     from mend_hf.model import MendModel
 
 BaseModel = Annotated[
@@ -100,6 +101,13 @@ def load_base_model(
             f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]}"
         ) from error
     return model.to(device), tokenizer
+
+
+def load_demonstrations(path: Path) -> DistilledDemonstrations | list[tuple[str, str]]:
+    """Return what a folder of `mend distill`, or a file of demonstrations, holds."""
+    from mend_hf.artifact import DistilledDemonstrations
+
+    return DistilledDemonstrations.from_pretrained(path) if path.is_dir() else read_demonstrations(path)
 
 
 def read_demonstrations(path: Path) -> list[tuple[str, str]]:
