@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, DynamicCache, PreTrainedModel
@@ -166,6 +166,8 @@ class DemonstrationDistiller(nn.Module):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right itself
             inject_adapter_in_model(_lora_config(self.config, self._model), self._adapted, adapter_name=ADAPTER_NAME)
+        # As peft's own models do: steps of training are too small for weights in bfloat16.
+        cast_adapter_dtype(self._adapted, ADAPTER_NAME)
         if self.config.is_shared:
             for layer in self.adapter_layers():
                 switch_by_thread(layer)

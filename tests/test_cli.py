@@ -523,6 +523,45 @@ def test_evaluate_compares_other_distillers_and_other_models_and_loads_the_base_
     assert_refused(mend(*words, "--compare", f"embeds={base_folder}"), "other compare", "--overwrite")
 
 
+def test_dtype_is_that_of_every_base_model_and_of_no_distiller(
+    mend: Mend, base_folder: Path, distiller_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = auto.load_language_model
+
+    def load_and_note(place: str, **options: object) -> PreTrainedModel:
+        loaded.append(load(place, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(auto, "load_language_model", load_and_note)
+    words = ["evaluate", "--distiller", distiller_folder, "--tasks", data / "tasks", "--task", "film", "--seeds", "13"]
+    words += ["--num-demonstrations", 2, "--method", "MEND", "--output-dir", tmp_path / "scores"]
+    result = mend(*words, "--dtype", "bfloat16", "--compare", f"tuned={base_folder}")
+    assert result.code == 0, result.err
+    assert [model.dtype for model in loaded] == [torch.bfloat16] * 2
+    assert_refused(mend(*words, "--compare", f"tuned={base_folder}"), "other dtype", "--overwrite")
+
+    words = ["finetune", "--distiller", distiller_folder, "--tasks", data / "tasks", "--num-demonstrations", 2]
+    result = mend(*words, *FEW_STEPS, "--dtype", "bfloat16", "--arg", "bf16=true", "--output-dir", tmp_path / "stage2")
+    assert result.code == 0, result.err
+    assert loaded[-1].dtype == torch.bfloat16
+    assert {weight.dtype for weight in load_file(tmp_path / "stage2" / "mend_model.safetensors").values()} == {
+        torch.float32
+    }
+    words = [
+        "--distiller",
+        tmp_path / "stage2",
+        "--demonstrations",
+        data / "mine.jsonl",
+        "--output-dir",
+        tmp_path / "d",
+    ]
+    assert mend("distill", *words, "--dtype", "bfloat16").code == 0
+    assert loaded[-1].dtype == torch.bfloat16
+    result = mend("distill", *words, "--dtype", "half")
+    assert (result.code, "'half' is not one of 'auto', 'float32'" in result.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -15,6 +15,7 @@ from mend_hf.cli.options import (
     BaseModel,
     Device,
     Distiller,
+    Dtype,
     OutputFolder,
     load_demonstrations,
     load_for_answering,
@@ -30,6 +31,7 @@ def distill(
     distiller: Distiller = None,
     base_model: BaseModel = None,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Distil a file of demonstrations once and save the prefix.
 
@@ -37,7 +39,7 @@ def distill(
     """
     pairs = read_demonstrations(demonstrations)
     check_output_folder(output_dir)
-    model = load_for_answering(distiller, base_model, device)
+    model = load_for_answering(distiller, base_model, device, dtype)
     distilled = model.distill(pairs)
     distilled.save_pretrained(output_dir)
     record = distilled.provenance
@@ -56,13 +58,14 @@ def generate(
     base_model: BaseModel = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.", min=1)] = 16,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Answer queries from demonstrations.
 
     `mend generate --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl "moving and funny"`
     """
     given = None if demonstrations is None else load_demonstrations(demonstrations)
-    model = load_for_answering(distiller, base_model, device)
+    model = load_for_answering(distiller, base_model, device, dtype)
     for answer in model.answer(queries, given, max_new_tokens=max_new_tokens):
         print(answer)
 

@@ -63,7 +63,7 @@ def load_comparisons(
         if _holds_distiller(place):
             methods[name] = distil_with(wrap_for_answering(share_weights(base_model), tokenizer, place))
         else:
-            other = load_base_model(place, str(base_model.device))
+            other = load_base_model(place, str(base_model.device), base_model.dtype)
             methods[name] = read_with(wrap_for_answering(*other, None, config))
     return methods
 

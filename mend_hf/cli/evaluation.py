@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mend_hf.cli.comparison import load_comparisons, parse_comparisons
-from mend_hf.cli.options import BaseModel, Device, Distiller, load_base_of, wrap_for_answering
+from mend_hf.cli.options import BaseModel, Device, Distiller, Dtype, load_base_of, wrap_for_answering
 from mend_hf.cli.processes import choose_device, join_processes
 from mend_hf.config import CONFIG_NAME, MendConfig
 from mend_hf.errors import CheckpointError, ConfigError
@@ -73,6 +73,7 @@ def evaluate(
     ] = "error",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop results of other settings.")] = False,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Compare the distiller with zero-shot, in-context learning and other baselines on tasks.
 
@@ -99,6 +100,8 @@ def evaluate(
         "distiller_hashes": [_hash_distiller(place) for place in (distiller, *compared.values())],
         "max_queries": max_queries, "metric": metric, "on_missing_gold": on_missing_gold,
     }  # fmt: skip
+    if dtype is not None:
+        settings["dtype"] = dtype
     with join_processes(device) as processes:
         folder = ResultFolder(output_dir, settings, overwrite=overwrite, process_index=processes.index)
         wanted = only or (list(load_partition(partition).test) if partition else None)
@@ -106,7 +109,7 @@ def evaluate(
         test_tasks = load_tasks(tasks, split="test", tasks=wanted, on_missing_gold=on_missing)
         train_tasks = load_tasks(tasks, split="train", tasks=sorted(test_tasks))
         check_sides(train_tasks, test_tasks)
-        base, tokenizer = load_base_of(distiller, base_model, choose_device(device))
+        base, tokenizer = load_base_of(distiller, base_model, choose_device(device), dtype)
         methods |= load_comparisons(compared, base, tokenizer, config)
         new_results = evaluate_methods(
             wrap_for_answering(base, tokenizer, distiller),

@@ -11,6 +11,7 @@ from mend_hf.cli.options import (
     BaseModel,
     Device,
     Distiller,
+    Dtype,
     OutputFolder,
     load_demonstrations,
     load_for_answering,
@@ -26,6 +27,7 @@ def export_peft(
     distiller: Distiller = None,
     base_model: BaseModel = None,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Write one task's demonstrations as a PEFT adapter, for people without mend_hf.
 
@@ -35,6 +37,6 @@ def export_peft(
 
     check_output_folder(output_dir)
     given = load_demonstrations(demonstrations)
-    model = load_for_answering(distiller, base_model, device)
+    model = load_for_answering(distiller, base_model, device, dtype)
     export_to_peft(model, given, output_dir)
     print(f"Saved the adapter in {output_dir}: PeftModel.from_pretrained(base_model, ...) loads it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ from mend_hf.config import PLAIN_FIELDS, MendConfig
 from mend_hf.errors import ConfigError, DataError, import_extra
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mend_hf.artifact import DistilledDemonstrations
@@ -26,24 +27,33 @@ BaseModel = Annotated[
 ]
 Distiller = Annotated[str | None, typer.Option(help="A saved distiller: a Hub id or a folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... Default: a GPU if there is one.")]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option(
+        help="Number format of the base model's weights; auto: its checkpoint's. Default: float32 on a CPU, else auto."
+    ),
+]
 OutputFolder = Annotated[Path, typer.Option(help="Folder for what is made.")]
 
 
-def load_for_answering(distiller: str | None, base_model: str | None, device: str | None) -> MendModel:
+def load_for_answering(
+    distiller: str | None, base_model: str | None, device: str | None, dtype: DtypeName | None = None
+) -> MendModel:
     """Return a saved distiller on its base model; without a distiller, the base model with training-free anchors."""
-    return wrap_for_answering(*load_base_of(distiller, base_model, device), distiller)
+    return wrap_for_answering(*load_base_of(distiller, base_model, device, dtype), distiller)
 
 
 def load_base_of(
-    distiller: str | None, base_model: str | None, device: str | None
+    distiller: str | None, base_model: str | None, device: str | None, dtype: DtypeName | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model that is asked for, else the one that the distiller names, and its tokenizer."""
     if distiller is None and base_model is None:
         raise ConfigError("Expected --distiller or --base-model, got neither: name a Hub id or a folder.")
     if base_model is not None or distiller is None:
-        return load_base_model(base_model, device)
+        return load_base_model(base_model, device, dtype)
     config = MendConfig.from_pretrained(distiller)
-    return load_base_model(config.base_model_name_or_path, device, config.base_model_revision)
+    return load_base_model(config.base_model_name_or_path, device, dtype, config.base_model_revision)
 
 
 def wrap_for_answering(
@@ -72,7 +82,10 @@ def wrap_for_answering(
 
 
 def load_base_model(
-    name_or_path: str | None, device: str | None, revision: str | None = None
+    name_or_path: str | None,
+    device: str | None,
+    dtype: DtypeName | torch.dtype | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a base model, of the Hub's `revision` if one is named, and its tokenizer, on a GPU if there is one."""
     import torch
@@ -86,7 +99,8 @@ def load_base_model(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device == "cpu" else "auto"  # on a CPU, bfloat16 is many times slower
+    if dtype is None:  # on many CPUs, bfloat16 is many times slower
+        dtype = "float32" if device == "cpu" else "auto"
     extra: dict[str, Any] = {} if revision is None else {"revision": revision}
     if name_or_path.endswith(".gguf"):
         import_extra("gguf", "gguf")

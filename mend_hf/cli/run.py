@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mend_hf.cli.options import load_base_model
+from mend_hf.cli.options import DtypeName, load_base_model
 from mend_hf.cli.processes import choose_device
 from mend_hf.config import MendConfig
 from mend_hf.errors import ConfigError, MissingExtraError
@@ -114,6 +114,7 @@ def load_for_training(
     base_model: str | None,
     base_model_id: str | None,
     device: str | None,
+    dtype: DtypeName | None,
     seed: int,
     recipe: str | None,
 ) -> tuple[MendModel | PreTrainedModel, PreTrainedTokenizerBase]:
@@ -125,7 +126,7 @@ def load_for_training(
     from mend_hf.training_args import RECIPES_WITHOUT_DISTILLER
 
     torch.manual_seed(seed)
-    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, choose_device(device))
+    base, tokenizer = load_base_model(base_model or config.base_model_name_or_path, choose_device(device), dtype)
     if recipe in RECIPES_WITHOUT_DISTILLER:
         if distiller is not None:
             raise ConfigError(

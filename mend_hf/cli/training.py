@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from mend_hf.cli.options import BaseModel, Device, Distiller, OutputFolder
+from mend_hf.cli.options import BaseModel, Device, Distiller, Dtype, OutputFolder
 from mend_hf.cli.run import load_for_training, make_arguments, make_collator, make_config, train
 from mend_hf.errors import ConfigError
 
@@ -102,6 +102,7 @@ def pretrain(
     resume: Resume = False,
     report_to: ReportTo = "none",
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Stage 1: learn on plain text to write a prefix that stands for the text before.
 
@@ -133,7 +134,7 @@ def pretrain(
         texts = TextStream(text, text_column=text_column, streaming=True)
     else:
         texts = load_texts(text, text_column=text_column)
-    model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
+    model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, dtype, seed, recipe)
     shape: dict[str, Any] = {"tokenizer": tokenizer, "max_tokens": max_tokens}
     rows: TextDataset | StreamingTextDataset
     if streaming:
@@ -215,6 +216,7 @@ def finetune(
     resume: Resume = False,
     report_to: ReportTo = "none",
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Stage 2: learn on many tasks to write a prefix that stands for their demonstrations.
 
@@ -268,7 +270,7 @@ def finetune(
     probe = None
     if probe_rows:
         probe = FewShotDataset(eval_examples or train_examples, num_rows=probe_rows, seed=seed + 2, **shape)
-    model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, seed, recipe)
+    model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, dtype, seed, recipe)
     collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
     for choice in rows.prompt_formats:  # one that the tokenizer cannot write is refused now, and not in some step
         collator([rows[0] | {"prompt_format": choice}])
