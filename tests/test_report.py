@@ -116,3 +116,20 @@ def test_folders_of_one_name_and_folders_without_results_are_refused(
     assert run_mend(["report", tmp_path, "--output-dir", tmp_path / "report"]) == 2
     assert "which mend evaluate writes" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_seven_settings_with_long_names_fit_a_terminal(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"non_paraphrase_to_para_{number}" for number in range(7)]
+    with_two = [one for one in results if one.num_demonstrations == 2]
+    folders = [keep(tmp_path / name, with_two) for name in names]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_mend(["report", *folders, "--output-dir", tmp_path / "report"]) == 0
+    scores = capsys.readouterr().out.split("Methods: ")[0].splitlines()
+    lines = [line.split() for line in scores if line.split()]
+    assert [line for line in lines if "setting" in line] == [["setting", "context", "MEND"]]
+    assert [line for line in lines if line[0] in {*names, "mean"}] == [
+        [name, "46.5", "56.5"] for name in [*names, "mean"]
+    ]
+    assert max(map(len, scores)) <= 80

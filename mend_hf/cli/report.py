@@ -36,6 +36,11 @@ def report(
     tables = write_report(groups, output_dir, against)
     console = Console()
     for title, rows in tables.items():
-        for part in split_methods(rows) if title.startswith("Tasks") else [rows]:
+        if title == "Scores":  # a setting a line: there may be seven, with names that cannot be broken
+            turned = [list(column) for column in zip(*rows, strict=True)]
+            parts = split_methods([["setting", *turned[0][1:]], *turned[1:]], num_fixed=1)
+        else:
+            parts = split_methods(rows) if title.startswith("Tasks") else [rows]
+        for part in parts:
             console.print(to_table(part, title=title))
     console.print(f"Wrote the report: open {output_dir / 'index.html'}", soft_wrap=True, highlight=False)

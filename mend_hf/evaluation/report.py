@@ -196,10 +196,16 @@ def to_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def split_methods(rows: Sequence[Sequence[str]], num_at_once: int = 6) -> list[list[list[str]]]:
-    """Return the tables of `task_rows` with a few methods each, so that every one fits a terminal."""
-    starts = range(2, len(rows[0]), num_at_once)
-    return [[[*row[:2], *row[start : start + num_at_once]] for row in rows] for start in starts]
+def split_methods(rows: Sequence[Sequence[str]], num_at_once: int = 6, num_fixed: int = 2) -> list[list[list[str]]]:
+    """Return the tables of `task_rows` with a few methods each, so that every one fits a terminal.
+
+    Args:
+        rows: The first is the header.
+        num_at_once: Methods of a table.
+        num_fixed: Columns before the first method, which every table has.
+    """
+    starts = range(num_fixed, len(rows[0]), num_at_once)
+    return [[[*row[:num_fixed], *row[start : start + num_at_once]] for row in rows] for start in starts]
 
 
 def print_tables(results: Sequence[TaskResult], console: Console) -> None:
