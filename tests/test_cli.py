@@ -548,14 +548,8 @@ def test_dtype_is_that_of_every_base_model_and_of_no_distiller(
     assert {weight.dtype for weight in load_file(tmp_path / "stage2" / "mend_model.safetensors").values()} == {
         torch.float32
     }
-    words = [
-        "--distiller",
-        tmp_path / "stage2",
-        "--demonstrations",
-        data / "mine.jsonl",
-        "--output-dir",
-        tmp_path / "d",
-    ]
+    words = ["--distiller", tmp_path / "stage2", "--demonstrations", data / "mine.jsonl"]
+    words += ["--output-dir", tmp_path / "distilled"]
     assert mend("distill", *words, "--dtype", "bfloat16").code == 0
     assert loaded[-1].dtype == torch.bfloat16
     result = mend("distill", *words, "--dtype", "half")

@@ -100,7 +100,7 @@ def evaluate(
         "distiller_hashes": [_hash_distiller(place) for place in (distiller, *compared.values())],
         "max_queries": max_queries, "metric": metric, "on_missing_gold": on_missing_gold,
     }  # fmt: skip
-    if dtype is not None:
+    if dtype is not None:  # as its default, it is no setting: folders from before there was one go on
         settings["dtype"] = dtype
     with join_processes(device) as processes:
         folder = ResultFolder(output_dir, settings, overwrite=overwrite, process_index=processes.index)

@@ -37,8 +37,8 @@ def report(
     console = Console()
     for title, rows in tables.items():
         if title == "Scores":  # a setting a line: there may be seven, with names that cannot be broken
-            turned = [list(column) for column in zip(*rows, strict=True)]
-            parts = split_methods([["setting", *turned[0][1:]], *turned[1:]], num_fixed=1)
+            methods, *settings = zip(*rows, strict=True)
+            parts = split_methods([("setting", *methods[1:]), *settings], num_fixed=1)
         else:
             parts = split_methods(rows) if title.startswith("Tasks") else [rows]
         for part in parts:
