@@ -6,14 +6,19 @@ The only file that looks at model types.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mend_hf.errors import ConfigError, UnsupportedModelError
+
+# What forward passes and their outputs call a cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 # Models that look positions up in a table, learned or computed once, and fail behind its end.
 _POSITION_TABLES = frozenset({"biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt", "xglm"})
@@ -133,7 +138,7 @@ def _needed_arguments(model: PreTrainedModel) -> tuple[str, ...]:
     if not holds_prefix_in_cache(model):
         return ("inputs_embeds", "attention_mask")
     positions = () if model.config.model_type in _POSITIONS_FROM_MASK else ("position_ids",)
-    return ("inputs_embeds", "past_key_values", *positions)
+    return ("inputs_embeds", CACHE_NAME, *positions)
 
 
 def holds_prefix_in_cache(model: PreTrainedModel) -> bool:
@@ -213,6 +218,19 @@ def accepts(model: nn.Module, argument: str) -> bool:
     if "forward" in vars(model):  # compiled, or wrapped by somebody
         return argument in inspect.signature(model.forward).parameters
     return argument in _arguments_of(type(model).forward)
+
+
+def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments in which a cache has the name that the installed transformers gives it, whichever it came by.
+
+    Raises:
+        ConfigError: There is one by each name.
+    """
+    given = [name for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"Expected one cache, got {' and '.join(given)}, which are the same argument: give one.")
+    renamed = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    return renamed | ({CACHE_NAME: arguments[given[0]]} if given else {})
 
 
 @cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from mend_hf.architectures import get_sliding_window, reads_static_cache
+from mend_hf.architectures import CACHE_NAME, get_sliding_window, reads_static_cache
 from mend_hf.errors import ConfigError, MissingExtraError, ShapeError
 from mend_hf.prefix import (
     KeyValuePrefix,
@@ -64,7 +64,7 @@ def count_read_tokens(cache: Cache, prefix: KeyValuePrefix) -> int:
     num_held = int(cache.get_seq_length())
     if num_held < prefix.num_slots:
         raise ShapeError(
-            f"Expected past_key_values that hold the prefix of {prefix.num_slots} slots, got {num_held} entries: pass "
+            f"Expected a cache that holds the prefix of {prefix.num_slots} slots, got {num_held} entries: pass "
             "what a call with these demonstrations returned, or an empty cache, which the prefix is written into."
         )
     return num_held - prefix.num_slots
@@ -79,10 +79,10 @@ def continue_inputs(prefix: KeyValuePrefix, attention_mask: Tensor, model: PreTr
         model: The base model that reads.
 
     Returns:
-        `past_key_values` with S filled slots, `attention_mask` (B, S + T) and, where the model takes them,
+        A cache with S filled slots, `attention_mask` (B, S + T) and, where the model takes them,
         `position_ids` (B, T).
     """
-    return {"past_key_values": make_cache(prefix, model), **go_on_inputs(prefix, attention_mask, 0, model)}
+    return {CACHE_NAME: make_cache(prefix, model), **go_on_inputs(prefix, attention_mask, 0, model)}
 
 
 def go_on_inputs(
@@ -132,10 +132,10 @@ def read_turned(
         **turned,
         attention_mask=whole,
         **position_inputs(model, positions_of(mask, prefix.next_positions)),
-        past_key_values=make_cache(prefix),
+        **{CACHE_NAME: make_cache(prefix)},
     )
-    if output.get("past_key_values") is not None:
-        output.past_key_values = settle_cache(output.past_key_values, whole, model)
+    if output.get(CACHE_NAME) is not None:
+        output[CACHE_NAME] = settle_cache(output[CACHE_NAME], whole, model)
     return output, order
 
 
@@ -202,7 +202,7 @@ def build_cache(
     else:
         raise ConfigError(
             f"Expected cache_implementation to be dynamic, offloaded, static, offloaded_static or quantized, got "
-            f"{kind!r}: choose one of these, or pass an empty cache of your own as past_key_values."
+            f"{kind!r}: choose one of these, or pass an empty cache of your own as {CACHE_NAME}."
         )
     return fill_cache(cache, prefix, model)
 

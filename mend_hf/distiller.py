@@ -20,6 +20,7 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_on, switch_by_thread
 from mend_hf.architectures import (
+    CACHE_NAME,
     accepts,
     embed_tokens,
     get_backbone,
@@ -310,7 +311,7 @@ class DemonstrationDistiller(nn.Module):
             inputs_embeds=embeddings,
             attention_mask=torch.cat([past_mask, mask], dim=1),
             **position_inputs(self._backbone, positions),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
         )
         index, slot_mask = pack_right(keep)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from mend_hf.architectures import CACHE_NAME, rename_cache
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.binding import Binding
 from mend_hf.config import MendConfig
@@ -137,8 +138,8 @@ class MendModel(WrappedModel):
 
         Args:
             input_ids (B, T): The query's tokens alone.
-            attention_mask (B, T): Of the query alone; padding may stand on either side. With `past_key_values` of an
-                earlier call, which hold the prefix, of all the user's tokens so far.
+            attention_mask (B, T): Of the query alone; padding may stand on either side. With the cache of an
+                earlier call, which holds the prefix, of all the user's tokens so far.
             labels (B, T): As in the base model (an encoder-decoder's are the decoder's); -100 is ignored.
             demonstrations: Raw or distilled; one task for all rows or one a row. Gradients flow into raw ones.
             demo_input_ids (N, D): With the other `demo_` columns of `MendCollator`, in place of `demonstrations`.
@@ -146,13 +147,13 @@ class MendModel(WrappedModel):
             demo_anchor_mask (N, D): True at anchors.
             demo_task_rows (N,): The task that a chunk belongs to.
             query_task_rows (B,): The task that a row asks about.
-            **kwargs: Passed to the base model.
+            **kwargs: Passed to the base model; a cache as `cache` or as `past_key_values`.
 
         Returns:
             What the base model returns, with logits for the T query positions only; an encoder-decoder's logits are
             its decoder's, and it needs `labels` or `decoder_input_ids`.
         """
-        batch = None
+        batch, kwargs = None, rename_cache(kwargs)
         if demo_input_ids is not None and not self._binding.is_disabled:
             columns = (demo_input_ids, demo_attention_mask, demo_anchor_mask, demo_task_rows)
             batch = DemonstrationBatch.from_columns(*columns)
@@ -181,7 +182,7 @@ class MendModel(WrappedModel):
             prefix = prefix.select(query_task_rows)
         prefix = match_rows(prefix, query.shape[0])
         if attention_mask is None:
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE_NAME)
             num_held = max(int(cache.get_seq_length()) - prefix.num_slots, 0) if cache is not None else 0
             shape = (query.shape[0], num_held + query.shape[1])
             attention_mask = torch.ones(shape, dtype=torch.long, device=query.device)
@@ -244,13 +245,14 @@ class MendModel(WrappedModel):
             attention_mask (B, T): Of the query alone.
             demonstrations: Raw, distilled or a prefix; one task for all rows or one a row.
             **generation: Passed to the base model's `generate`; lengths count the user's tokens, never the prefix.
-                To go on with a chat, give the `past_key_values` of a call with the same demonstrations together with
+                To go on with a chat, give the cache of a call with the same demonstrations together with
                 all tokens so far, old and new, as in transformers; an empty cache is filled with the prefix.
 
         Returns:
             What the base model's `generate` returns: the prefix never appears in it.
         """
         check_generates(self.base_model)
+        generation = rename_cache(generation)
         given = generation.pop("inputs", input_ids)
         if given is not None and not isinstance(given, Tensor):
             given, attention_mask = self.tokenize(given, is_alone=self._is_alone(demonstrations)).values()

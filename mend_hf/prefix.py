@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from mend_hf.architectures import accepts, get_backbone, get_embedding_width
+from mend_hf.architectures import CACHE_NAME, accepts, get_backbone, get_embedding_width
 from mend_hf.errors import ShapeError
 from mend_hf.guards import check_length
 
@@ -292,7 +292,7 @@ def read_embeddings(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) ->
         inputs_embeds=embeddings,
         attention_mask=mask.long(),
         **position_inputs(model, positions_of(mask)),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         use_cache=True,
     )
     return KeyValuePrefix(

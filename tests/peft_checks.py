@@ -11,13 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import peft
 import torch
 from family_checks import QUERIES, Measured, compare, compare_tokens, greedy, worst
+from packaging.version import Version
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mend_hf.architectures import CACHE_NAME
+
 NUM_VIRTUAL_TOKENS = 4
+
+# PEFT 0.21 knows a cache by the name that it had before transformers 5.24, and writes wrong tokens from there on.
+PAIR_IS_RIGHT = CACHE_NAME == "past_key_values" or Version(peft.__version__) >= Version("0.22")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mend_hf import MendConfig, get_mend_model
-from mend_hf.architectures import get_max_positions
+from mend_hf.architectures import CACHE_NAME, get_max_positions
 from mend_hf.errors import ShapeError, UnsupportedModelError
 
 WITHOUT_SLOTS = (
@@ -135,7 +135,7 @@ def test_the_last_position_of_a_table_works_and_the_next_one_does_not(model_type
             ),
             "lacks position_ids",
         ),
-        (RwkvConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2), "lacks past_key_values"),
+        (RwkvConfig(vocab_size=16, hidden_size=8, num_hidden_layers=2), f"lacks {CACHE_NAME}"),
     ],
 )
 def test_models_that_would_read_a_prefix_wrongly_are_refused(config: AutoConfig, expected: str) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import is_optimum_quanto_available
 
 from mend_hf import Demonstration, MendConfig, get_mend_model, guards
+from mend_hf.architectures import CACHE_NAME, CACHE_NAMES
 from mend_hf.errors import ConfigError, DataError, MissingExtraError, ShapeError
 from mend_hf.guards import check_release
 
@@ -311,6 +312,24 @@ class TestGoingOnFromACache:
         batch, distilled = model.tokenize(QUERIES), model.distill([SHOTS, SHOTS[:1], SHOTS[1:]])
         expected = model.generate(**batch, demonstrations=distilled, **GREEDY)[:, -8:]
         assert loop_tokens(model, batch, distilled, 8).equal(expected)
+
+    def test_a_cache_is_taken_by_either_name_that_transformers_has_for_it(self, llama):
+        ids, new = llama.tokenize("bad")["input_ids"], llama.tokenize("dull")["input_ids"]
+        mask = torch.ones(1, ids.shape[1] + new.shape[1], dtype=torch.long)
+        expected = llama(torch.cat([ids, new], dim=1), demonstrations=SHOTS).logits[:, ids.shape[1] :]
+        for name in CACHE_NAMES:
+            cache = llama(ids, demonstrations=SHOTS, use_cache=True)[CACHE_NAME]
+            got = llama(new, mask, demonstrations=SHOTS, **{name: cache}).logits
+            torch.testing.assert_close(got, expected, **CLOSE)
+        with pytest.raises(ConfigError, match="the same argument"):
+            llama(new, mask, demonstrations=SHOTS, **dict.fromkeys(CACHE_NAMES, cache))
+
+    def test_the_bare_model_takes_it_by_either_name_too(self, llama):
+        ids = llama.tokenize("moving and funny")["input_ids"]
+        expected = llama.base_model(ids).logits[:, -1:]
+        for name in CACHE_NAMES:
+            cache = llama.base_model(ids[:, :-1], use_cache=True)[CACHE_NAME]
+            torch.testing.assert_close(llama(ids[:, -1:], **{name: cache}).logits, expected, **CLOSE)
 
     def test_a_cache_without_the_prefix_is_refused(self, llama):
         ids = llama.tokenize("bad")["input_ids"][:, :2]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from command_line import run_mend
 from peft import PeftModel
+from peft_checks import PAIR_IS_RIGHT
 from tiny_models import ids_of, make_model, wrap_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mend_hf.errors import CheckpointError, DataError, UnsupportedModelError
 from mend_hf.integrations import peft as peft_export
 from mend_hf.integrations.peft import export_to_peft
+
+needs_right_pair = pytest.mark.skipif(not PAIR_IS_RIGHT, reason="this PEFT does not know this transformers' cache")
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("so slow", "negative")]
 TURNED = ["llama", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3", "falcon"]
@@ -46,6 +49,7 @@ def assert_answers_alike(adapter, model, distilled) -> None:
     assert tokens(adapter, ids).equal(tokens(model, ids, demonstrations=distilled))
 
 
+@needs_right_pair
 @pytest.mark.parametrize("family", TURNED)
 def test_keys_and_values_answer_alike(tiny_model, tokenizer, tmp_path, family):
     model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2)
@@ -55,6 +59,7 @@ def test_keys_and_values_answer_alike(tiny_model, tokenizer, tmp_path, family):
     assert_answers_alike(PeftModel.from_pretrained(tiny_model(family), tmp_path), model, distilled)
 
 
+@needs_right_pair
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mpt", "lfm2", *TURNED])
 def test_vectors_answer_alike(tiny_model, tokenizer, tmp_path, family):
     model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2, prefix_form="embeds")
@@ -78,6 +83,7 @@ def rotary_model(tokenizer, rotation: dict):
     return make_model(AutoModelForCausalLM, config)
 
 
+@needs_right_pair
 @pytest.mark.parametrize(
     "rotation",
     [
@@ -97,6 +103,7 @@ def test_scaled_rotations_answer_long_queries_alike(tokenizer, tmp_path, rotatio
     torch.testing.assert_close(logits(adapter, ids), expected, atol=5e-5, rtol=1e-4)
 
 
+@needs_right_pair
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_rounding_in_bfloat16_is_not_refused(tiny_model, tokenizer, tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path / "base")
@@ -134,6 +141,7 @@ def test_rotations_that_change_with_the_length_are_refused(tokenizer, tmp_path, 
     assert not (tmp_path / "adapter").exists()
 
 
+@needs_right_pair
 def test_a_model_that_counts_slots_needs_no_turning(tiny_model, tokenizer, tmp_path):
     model = wrap_tiny_model(tiny_model("bloom"), tokenizer, num_virtual_tokens=3, lora_r=2)
     distilled = model.distill(SHOTS)
@@ -144,10 +152,11 @@ def test_a_model_that_counts_slots_needs_no_turning(tiny_model, tokenizer, tmp_p
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
 def test_a_state_space_model_is_refused(tiny_model, tokenizer, tmp_path, family):
     model = wrap_tiny_model(tiny_model(family), tokenizer, num_virtual_tokens=3, lora_r=2)
-    with pytest.raises(UnsupportedModelError, match="past_key_values"):
+    with pytest.raises(UnsupportedModelError, match="attention heads"):
         export_to_peft(model, SHOTS, tmp_path / "adapter")
 
 
+@needs_right_pair
 def test_a_prefix_without_holes_needs_no_turning(tiny_model, tokenizer, tmp_path):
     model = wrap_tiny_model(tiny_model("gpt2"), tokenizer, num_virtual_tokens=3, lora_r=2)
     text = model.read(SHOTS)
@@ -155,6 +164,7 @@ def test_a_prefix_without_holes_needs_no_turning(tiny_model, tokenizer, tmp_path
     assert_answers_alike(PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path), model, text)
 
 
+@needs_right_pair
 def test_one_task_of_several_leaves_its_unused_slots_behind(tiny_model, tokenizer, tmp_path):
     model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
     distilled = model.distill([SHOTS, SHOTS[:1]])
@@ -164,6 +174,7 @@ def test_one_task_of_several_leaves_its_unused_slots_behind(tiny_model, tokenize
     assert_answers_alike(PeftModel.from_pretrained(tiny_model("llama"), tmp_path), model, distilled[1])
 
 
+@needs_right_pair
 def test_the_folder_is_peft_own_and_names_the_base_model(tiny_model, tokenizer, tmp_path):
     model = wrap_tiny_model(
         tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2, base_model_name_or_path="user/tiny"
@@ -179,13 +190,25 @@ def test_the_folder_is_peft_own_and_names_the_base_model(tiny_model, tokenizer, 
     assert 'from_pretrained("user/tiny")' in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.skipif(PAIR_IS_RIGHT, reason="this PEFT and this transformers go together")
+@pytest.mark.parametrize("form", ["kv", "embeds"])
+def test_a_transformers_that_peft_does_not_know_is_refused(tiny_model, tokenizer, tmp_path, form):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2, prefix_form=form)
+    with pytest.raises(UnsupportedModelError, match=r'behind a written token.* pip install "transformers<5.24"'):
+        export_to_peft(model, SHOTS, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@needs_right_pair
 def test_the_model_is_left_as_it_was(tiny_model, tokenizer, tmp_path):
     model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3, lora_r=2)
     before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.named_parameters()}
     names = [name for name, _ in model.named_modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
     expected = model.answer(["moving and funny"], SHOTS)
     export_to_peft(model, SHOTS, tmp_path)
     assert [name for name, _ in model.named_modules()] == names
+    assert [set(vars(module)) for module in model.modules()] == attributes
     for name, tensor in model.named_parameters():
         assert tensor.equal(before[name][0])
         assert tensor.requires_grad == before[name][1]
@@ -203,6 +226,7 @@ def test_what_belongs_elsewhere_is_refused(tiny_model, tiny_encoder_decoder, tok
     assert not (tmp_path / "adapter").exists()
 
 
+@needs_right_pair
 def test_the_command_exports_a_file_of_demonstrations(tiny_model, tokenizer, tmp_path, capsys):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

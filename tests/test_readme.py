@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 from command_line import run_mend
+from peft_checks import PAIR_IS_RIGHT
 from tiny import load_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from weights import NAME
@@ -110,6 +111,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_blocks_run(page: Path, clone: Path, request: pytest.FixtureRequest) -> None:
     if page.name == "hub.md":
         request.getfixturevalue("hub")
+    if page.name == "export.md" and not PAIR_IS_RIGHT:
+        pytest.skip("this PEFT does not know this transformers' cache")
     run_blocks(page)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mend_hf.adapter_switch import adapter_is_on
-from mend_hf.architectures import get_backbone, holds_prefix_in_cache
+from mend_hf.architectures import CACHE_NAME, get_backbone, holds_prefix_in_cache, rename_cache
 from mend_hf.model import MendModel
 
 
@@ -109,7 +109,7 @@ def _count_reading(model: PreTrainedModel, count: FlopCount) -> Callable[..., No
         given = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args]
         states = next(tensor for tensor in given if tensor is not None)
         num_rows, num_tokens = states.shape[:2]  # B, T
-        cache = kwargs.get("past_key_values")
+        cache = rename_cache(kwargs).get(CACHE_NAME)
         num_before = int(cache.get_seq_length()) if cache is not None else 0  # P
         backwards = _flows_back(states)
         matrices_size = size + (size_of_adapter if adapter_is_on() else 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mend_hf.architectures import embed_tokens, get_backbone
+from mend_hf.architectures import CACHE_NAME, embed_tokens, get_backbone
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.guards import check_positions
@@ -58,7 +58,7 @@ def read_behind(model: MendModel, prefix: Prefix, demonstrations: Demonstrations
         inputs_embeds=embed_tokens(model.base_model, ids),
         attention_mask=whole.long(),
         **position_inputs(backbone, positions_of(mask, prefix.next_positions)),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         use_cache=True,
     )
     return KeyValuePrefix(

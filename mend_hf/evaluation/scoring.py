@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from mend_hf.architectures import get_sliding_window, holds_prefix_in_cache, reads_padding
+from mend_hf.architectures import CACHE_NAME, get_sliding_window, holds_prefix_in_cache, reads_padding
 from mend_hf.caches import continue_inputs
 from mend_hf.errors import DataError, ShapeError
 from mend_hf.guards import check_positions
@@ -119,7 +119,7 @@ def _score_batch(
         labels = _pad_right([answer for _, answer in part], IGNORE_INDEX).to(mask.device)  # [O, A]
         logits = read.logits[rows]  # [O, 1, W]
         if labels.shape[1] > 1:
-            logits = torch.cat([logits, _read_options(model, read.past_key_values, inputs, rows, labels)], dim=1)
+            logits = torch.cat([logits, _read_options(model, read[CACHE_NAME], inputs, rows, labels)], dim=1)
         means += _mean_log_likelihood(logits, labels)
     return _split(means, options)
 
@@ -173,7 +173,7 @@ def _read_options(
     return model.base_model(
         input_ids=ids.clamp(min=0),
         attention_mask=torch.cat([inputs["attention_mask"][rows], option_mask], dim=1),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         **positions,
     ).logits
 

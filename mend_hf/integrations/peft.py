@@ -5,7 +5,8 @@ Vectors become prompt tuning's, keys and values a CARTRIDGE (PEFT's prefix of pl
 PEFT lets queries go on at the position that is the number of slots; ours go on behind the demonstrations' full
 length. Keys that a rotation has put at their positions are therefore turned by the difference, which keeps all
 distances. Where they come from a table, that cannot be had; a model that counts the slots itself (BLOOM) needs no
-turning. Nothing is written before PEFT's logits and ours have been compared on the base model at hand.
+turning. Nothing is written before PEFT's logits and ours have been compared on the base model at hand, for a query and
+behind a token that PEFT has written.
 
 Shapes: S slots, H key/value heads, K head width, L layers, V vectors, E embedding width.
 """
@@ -19,12 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from peft import CartridgeConfig, PeftModel, PeftModelForCausalLM, PeftType, PromptTuningConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mend_hf.architectures import accepts, get_backbone, rotates_by_length
+from mend_hf.architectures import CACHE_NAME, accepts, get_backbone, rotates_by_length
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.errors import DataError, UnsupportedModelError
 from mend_hf.files import check_output_folder, write_folder
@@ -121,10 +124,10 @@ def _check_base_model(model: MendModel) -> None:
             f"Expected a decoder-only language model, got the task type {model.mend_config.task_type}: PEFT's prompts "
             "for other models are others."
         )
-    if not accepts(model.base_model, "past_key_values"):
+    if getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None) is None:
         raise UnsupportedModelError(
-            f"Expected a base model that goes on from past_key_values, got {type(model.base_model).__name__}: PEFT "
-            "would put the prompt in front of every new token. Answer with mend_hf."
+            f"Expected a base model with attention heads, whose number PEFT asks for, got "
+            f"{type(model.base_model).__name__}, of whose state PEFT does not know either: answer with mend_hf."
         )
     if rotates_by_length(model.base_model):
         raise UnsupportedModelError(
@@ -188,7 +191,7 @@ def _make_probe(base_model: PreTrainedModel) -> Tensor:
 
 def _read_keys(backbone: PreTrainedModel, tokens: Tensor, position: int) -> Sequence[Tensor]:
     places = torch.full_like(tokens, position)
-    cache = backbone(input_ids=tokens, position_ids=places, use_cache=True).past_key_values
+    cache = backbone(input_ids=tokens, position_ids=places, use_cache=True)[CACHE_NAME]
     return [layer.keys for layer in cache.layers]
 
 
@@ -222,24 +225,48 @@ def _load(adapter: PeftModel, weights: Tensor) -> None:
 
 
 def _check(adapter: PeftModel, model: MendModel, distilled: DistilledDemonstrations) -> None:
-    """Refuse an adapter that does not answer as the prefix does."""
+    """Refuse an adapter that does not read or write as the prefix does."""
     ids = _make_probe(model.base_model)[None]
-    expected = model(input_ids=ids, demonstrations=distilled).logits
     got = adapter(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
-    if not _are_close(got, expected):
-        distance = float((got - expected).abs().max())
-        raise UnsupportedModelError(
-            f"Expected PEFT to answer as the prefix does, got logits that are {distance:.2g} apart: this base model "
-            "and PEFT do not go together. Answer with mend_hf."
-        )
+    _compare(got, model(input_ids=ids, demonstrations=distilled).logits, "for a query")
+    written = adapter.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=2,
+        min_new_tokens=2,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    longer = torch.cat([ids, written.sequences[:, -2:-1]], dim=1)
+    expected = model(input_ids=longer, demonstrations=distilled).logits
+    _compare(written.logits[1], expected[:, -1], "behind a written token")
+
+
+def _compare(got: Tensor, expected: Tensor, place: str) -> None:
+    if _are_close(got, expected):
+        return
+    remedy = "Answer with mend_hf."
+    if CACHE_NAME != "past_key_values":
+        remedy = 'Export with pip install "transformers<5.24", or a newer PEFT: 0.21 knows no later name of the cache.'
+    raise UnsupportedModelError(
+        f"Expected PEFT to answer as the prefix does, got logits {float((got - expected).abs().max()):.2g} "
+        f"apart {place}: this base model, peft {peft.__version__} and transformers {transformers.__version__} do not "
+        f"go together. {remedy}"
+    )
 
 
 @contextmanager
 def _left_as_it_was(base_model: PreTrainedModel) -> Iterator[None]:
-    """Give the parameters back the gradients that PEFT takes from them."""
+    """Undo what PEFT changes: gradients of parameters, and attributes that its `generate` leaves behind."""
     flags = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+    attributes = [(vars(module), dict(vars(module))) for module in (base_model, get_backbone(base_model))]
     try:
         yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for now, before in attributes:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import embed_tokens
+from mend_hf.architectures import CACHE_NAME, embed_tokens
 from mend_hf.caches import (
     build_cache,
     count_copies,
@@ -28,7 +28,7 @@ from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix, Prefix, gather_token
 from mend_hf.routes.base import Route, change_tokens, check_spans
 
 _UNEQUAL_ROWS = (
-    "Expected rows that go on from past_key_values with equally many tokens, because the base model has a sliding "
+    "Expected rows that go on from a cache with equally many tokens, because the base model has a sliding "
     "window that padding would use up: go on with the rows one by one."
 )
 
@@ -50,10 +50,10 @@ class CachedRoute(Route):
     def forward(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         """Run the base model over the query; it attends to the cached prefix.
 
-        With `past_key_values` of an earlier call, which hold the prefix, `input_ids` are the tokens that they do not
+        With the cache of an earlier call, which holds the prefix, `input_ids` are the tokens that it does not
         hold yet and `attention_mask` covers all the user's tokens; an empty cache is filled with the prefix first.
         """
-        cache: Cache | None = kwargs.pop("past_key_values", None)
+        cache: Cache | None = kwargs.pop(CACHE_NAME, None)
         num_tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
         key_values = self._check(prefix, attention_mask, kwargs)
         is_first = cache is None or cache.get_seq_length() == 0
@@ -68,7 +68,7 @@ class CachedRoute(Route):
         elif is_first:
             fill_cache(cache, key_values, self.base_model)
         inputs = go_on_inputs(key_values, attention_mask, num_read, self.base_model)
-        return self.base_model(input_ids=input_ids, past_key_values=cache, **inputs, **kwargs)
+        return self.base_model(input_ids=input_ids, **{CACHE_NAME: cache}, **inputs, **kwargs)
 
     def generate(self, prefix: Prefix, input_ids: Tensor | None, attention_mask: Tensor, **generation: Any) -> Any:
         """Generate from a cache that holds the prefix."""
@@ -91,7 +91,7 @@ class CachedRoute(Route):
             self._check_go_on(generation)
             inputs["inputs_embeds"] = self._embed_unread(query, num_read, key_values.num_slots)
             generation |= new_token_limits(num_tokens, self.base_model, generation)
-        return self.base_model.generate(input_ids, past_key_values=cache, **inputs, **generation)
+        return self.base_model.generate(input_ids, **{CACHE_NAME: cache}, **inputs, **generation)
 
     def _forward_turned(
         self, prefix: KeyValuePrefix, input_ids: Tensor | None, attention_mask: Tensor, kwargs: dict[str, Any]
@@ -128,14 +128,14 @@ class CachedRoute(Route):
         generation: dict[str, Any],
     ) -> tuple[Cache, int]:
         """Return the cache to generate from, and how many of the query's tokens it holds."""
-        cache: Cache | None = generation.pop("past_key_values", None)
+        cache: Cache | None = generation.pop(CACHE_NAME, None)
         num_tokens, num_copies = attention_mask.shape[1], count_copies(self.base_model, generation)
         if cache is not None and cache.get_seq_length():
             num_read = count_read_tokens(cache, prefix)
             if num_read >= num_tokens:
                 raise ShapeError(
-                    f"Expected at least one token that past_key_values do not hold, got {num_tokens} tokens of which "
-                    f"they hold {num_read}: pass the whole history and the new tokens behind it."
+                    f"Expected at least one token that the cache does not hold, got {num_tokens} tokens of which "
+                    f"it holds {num_read}: pass the whole history and the new tokens behind it."
                 )
             if is_split_by_padding(self.base_model, attention_mask[:, num_read:]):
                 raise ShapeError(_UNEQUAL_ROWS)
@@ -153,15 +153,16 @@ class CachedRoute(Route):
         if cache is not None or generation.get("cache_implementation") not in (None, "dynamic"):
             raise ConfigError(
                 "Expected the default cache for padded queries under a sliding window, got another one: leave "
-                "past_key_values and cache_implementation out, or ask rows of different lengths one by one."
+                "the cache and cache_implementation out, or ask rows of different lengths one by one."
             )
         generation.pop("cache_implementation", None)
         embeddings = self._embed(query[:, :-1])
         output, _ = read_turned(
             self.base_model, prefix, attention_mask[:, :-1], inputs_embeds=embeddings, use_cache=True
         )
-        output.past_key_values.batch_repeat_interleave(num_copies)
-        return output.past_key_values, num_tokens - 1
+        cache = output[CACHE_NAME]
+        cache.batch_repeat_interleave(num_copies)
+        return cache, num_tokens - 1
 
     def _embed_unread(self, query: Tensor, num_read: int, num_slots: int) -> Tensor:
         """Return the unread tokens' embeddings behind as many blanks as the cache is long.
@@ -186,7 +187,7 @@ class CachedRoute(Route):
             raise ConfigError(
                 f"Expected no {' or '.join(given)} where generation goes on from embeddings or a cache that holds "
                 "a part of the query, or where queries are padded under a sliding window, because transformers then "
-                "reads the wrong tokens: leave it out, or ask one query at a time without past_key_values."
+                "reads the wrong tokens: leave it out, or ask one query at a time without a cache."
             )
 
     def _check(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from mend_hf.architectures import accepts, embed_tokens
+from mend_hf.architectures import CACHE_NAME, accepts, embed_tokens
 from mend_hf.caches import count_new_tokens
 from mend_hf.errors import ShapeError, UnsupportedModelError
 from mend_hf.guards import check_length, check_padding
@@ -132,7 +132,7 @@ class PrependedRoute(Route):
                 "not let: call the model itself for one forward pass, or use another base model."
             )
         settings = generation.get("generation_config") or self.base_model.generation_config
-        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "past_key_values"):
+        for option in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", CACHE_NAME):
             if generation.get(option, getattr(settings, option, None)) is not None:
                 raise UnsupportedModelError(
                     f"Expected {option} to be None for {name}, whose states behind vectors can neither be taken back "
