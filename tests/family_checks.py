@@ -277,9 +277,13 @@ def embeds_batch_equals_rows_alone(family: Family) -> Measured:
 
 @torch.no_grad()
 def bare_model_bit_for_bit(family: Family) -> Measured:
-    """Without demonstrations, and switched off, it is the base model."""
+    """Without demonstrations, and switched off, it is the base model.
+
+    Its weights are frozen for both: torch has other kernels for a product with weights that take gradients, and on some
+    CPUs these round otherwise.
+    """
     model = family.wrap("embeds")
-    expected = family.base(family.query).logits
+    expected = copy.deepcopy(family.base).requires_grad_(False)(family.query).logits
     with model.use_demonstrations(SHOTS), model.disable_adapter():
         switched_off = model(family.query).logits
     differences = [(got - expected).abs().max().item() for got in (model(family.query).logits, switched_off)]
