@@ -279,8 +279,8 @@ def embeds_batch_equals_rows_alone(family: Family) -> Measured:
 def bare_model_bit_for_bit(family: Family) -> Measured:
     """Without demonstrations, and switched off, it is the base model.
 
-    Its weights are frozen for both: torch has other kernels for a product with weights that take gradients, and on some
-    CPUs these round otherwise.
+    Its weights are frozen for both: torch has other kernels for products with weights that take gradients, and on
+    some CPUs these round otherwise.
     """
     model = family.wrap("embeds")
     expected = copy.deepcopy(family.base).requires_grad_(False)(family.query).logits

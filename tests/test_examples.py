@@ -126,7 +126,8 @@ def test_a_recipe_trains_evaluates_and_goes_on_where_it_stood(tmp_path: Path) ->
     (tmp_path / "mine.json").write_text(json.dumps(sides))
     settings = {
         "TEXT": str(EXAMPLES / "data" / "text.jsonl"), "TASKS": str(EXAMPLES / "data"), "BASE": str(tmp_path / "base"),
-        "TEXT_ROWS": "4", "TASK_ROWS": "4", "SEEDS": "13", "MAX_QUERIES": "2", "DTYPE": "bfloat16",
+        "TEXT_ROWS": "4", "TASK_ROWS": "4", "SEEDS": "13", "MAX_QUERIES": "2", "DTYPE": "bfloat16", "BALANCE": "1",
+        "KD_WEIGHT": "0.5", "QUERIES": "2", "VIRTUAL_TOKENS": "3",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     command = ["bash", EXAMPLES / "recipes" / "smollm2-kv.sh", tmp_path / "mine.json", tmp_path / "out"]

@@ -54,9 +54,10 @@ def test_calibration_divides_by_the_mean_probability_under_inputs_without_conten
     assert asked == [*CONTENT_FREE_INPUTS, "good", "bad", "bad"]
 
 
-def test_calibrated_scores_are_those_of_in_context_learning_less_what_nothing_gets(tiny_model, tokenizer):
+@pytest.mark.parametrize("method", ["in-context", "MEND"])
+def test_calibrated_scores_are_those_of_the_method_less_what_nothing_gets(method, tiny_model, tokenizer):
     model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
-    plain, calibrated = (METHODS[name](model, SHOTS) for name in ("in-context", "in-context, calibrated"))
+    plain, calibrated = (METHODS[name](model, SHOTS) for name in (method, f"{method}, calibrated"))
     options = [OPTIONS, ("good", "very bad", "funny")]
     bare, got = (reader.score_options(QUERIES, options, batch_size=2) for reader in (plain, calibrated))
     for choices, row, calibrated_row in zip(options, bare, got, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import run_mend
 
+from mend_hf.data.partition import load_partition
 from mend_hf.errors import DataError
 from mend_hf.evaluation.export import difference_rows, make_tables, score_rows, write_report
 from mend_hf.evaluation.plots import find_front
@@ -133,3 +134,26 @@ def test_seven_settings_with_long_names_fit_a_terminal(
         [name, "46.5", "56.5"] for name in [*names, "mean"]
     ]
     assert max(map(len, scores)) <= 80
+
+
+def test_one_folder_becomes_a_column_for_every_setting_it_has_all_test_tasks_of(tmp_path, capsys) -> None:
+    tasks = {*load_partition("non_nli_to_nli").test, *load_partition("qa_to_qa").test, "elsewhere"}
+    kept = [result(method, task, 1, 0.5) for method in ("in-context", "MEND") for task in sorted(tasks)]
+    folder = keep(tmp_path / "all", kept)
+    assert run_mend(["report", folder, "--by-setting", "--output-dir", tmp_path / "report"]) == 0
+    groups = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert {*groups} == {"non_nli_to_nli", "non_qa_to_qa", "qa_to_qa"}
+    for name, own in groups.items():
+        assert {row["task"] for row in own} == {*load_partition(name).test}
+
+
+def test_settings_without_all_their_test_tasks_are_refused(results: Results, tmp_path: Path, capsys) -> None:
+    almost = load_partition("non_paraphrase_to_paraphrase").test[1:]
+    folder = keep(tmp_path / "almost", [result("MEND", task, 1, 0.5) for task in almost])
+    output = ["--by-setting", "--output-dir", tmp_path / "report"]
+    assert run_mend(["report", folder, *output]) == 2
+    missing = load_partition("non_paraphrase_to_paraphrase").test[0]
+    assert f"none of {missing} for non_paraphrase_to_paraphrase" in " ".join(capsys.readouterr().err.split())
+    assert run_mend(["report", folder, keep(tmp_path / "b", results), *output]) == 2
+    assert "one folder" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()

