@@ -48,8 +48,11 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub: Any) -> Path:
     try:
         return Path(cached_file(str(name_or_path), filename, **hub))
     except (OSError, ValueError) as error:  # huggingface_hub's own for a name that cannot be
+        reason = f"there is no such folder here, and of the Hub: {error}"
+        if Path(name_or_path).is_dir():
+            reason = "this folder has no such file: check the path"
         raise CheckpointError(
-            f"Expected a folder or a Hub repository with {filename}, got {str(name_or_path)!r}: {error}"
+            f"Expected a folder or a Hub repository with {filename}, got {str(name_or_path)!r}: {reason}"
         ) from error
 
 

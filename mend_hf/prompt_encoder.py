@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from mend_hf.config import MendConfig
 from mend_hf.demonstrations import Demonstration, EncodedChunk, EncodedTask, name_demonstration
-from mend_hf.errors import ConfigError
+from mend_hf.errors import ConfigError, DataError
 from mend_hf.prompt_format import get_prompt_format
 
 MIN_TEXT_TOKENS = 2  # Of a demonstration inside its turns: one of the input, one of the answer.
@@ -80,7 +80,13 @@ class PromptEncoder:
         return self._ids(self._format.opening or "") + ids if is_alone else ids
 
     def encode_queries(self, queries: Sequence[str], *, is_alone: bool = False) -> BatchEncoding:
-        """Return the padded ids (B, T) and the mask of several queries; `encode_query` makes each, `pad` pads."""
+        """Return the padded ids (B, T) and the mask of several queries; `encode_query` makes each, `pad` pads.
+
+        Raises:
+            DataError: There is no query.
+        """
+        if not queries:
+            raise DataError("Expected at least one query, got none: give one or more.")
         rows = [self.encode_query(query, is_alone=is_alone) for query in queries]
         return BatchEncoding(
             {

@@ -563,7 +563,10 @@ def test_dtype_is_that_of_every_base_model_and_of_no_distiller(
         (["--compare", "a=here", "--compare", "a=there"], ["'a' again: choose another"]),
         (["--compare", "elsewhere"], ["NAME=FOLDER_OR_HUB_ID, got 'elsewhere'"]),
         (["--compare", "=elsewhere"], ["NAME=FOLDER_OR_HUB_ID"]),
-        (["--compare", "other=nowhere/at/all"], ["Expected a base model in a folder", "nowhere/at/all"]),
+        (
+            ["--compare", "other=nowhere/at/all"],
+            ["Expected a base model in a folder", "nowhere/at/all", "or a .gguf file"],
+        ),
     ],
     ids=str,
 )

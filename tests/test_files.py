@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mend_hf.errors import CheckpointError
-from mend_hf.files import check_output_folder, write_folder
+from mend_hf.files import check_output_folder, fetch_file, write_folder
 
 
 def test_a_failing_save_leaves_the_old_files(tmp_path):
@@ -52,3 +52,10 @@ def test_a_save_replaces_a_link_and_leaves_alone_what_it_points_to(tmp_path):
         (folder / "a").write_text("new")
     assert (tmp_path / "folder" / "a").read_text() == "new"
     assert (tmp_path / "elsewhere").read_text() == "somebody else's"
+
+
+def test_a_file_that_a_folder_does_not_hold_is_told_from_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="this folder has no such file: check the path"):
+        fetch_file(tmp_path, "mend_config.json")
+    with pytest.raises(CheckpointError, match="no such folder here, and of the Hub"):
+        fetch_file("a/b/c", "mend_config.json")

@@ -188,6 +188,11 @@ def test_a_query_of_no_tokens_is_refused(model):
         model.generate(torch.zeros(1, 0, dtype=torch.long), demonstrations=SHOTS)
 
 
+def test_no_queries_are_refused(model):
+    with pytest.raises(DataError, match="at least one query, got none"):
+        model.answer([], SHOTS)
+
+
 @pytest.mark.parametrize(
     ("build", "remedy"),
     [

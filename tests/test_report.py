@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from command_line import run_mend
 
 from mend_hf.data.partition import load_partition
 from mend_hf.errors import DataError
+from mend_hf.evaluation import plots
 from mend_hf.evaluation.export import difference_rows, make_tables, score_rows, write_report
 from mend_hf.evaluation.plots import find_front
 from mend_hf.evaluation.results import ResultFolder, TaskResult, read_results
@@ -68,7 +70,17 @@ def test_text_of_others_is_escaped(results: Results, tmp_path: Path) -> None:
     assert r"plant \& tree" in latex
     assert r"film\_<b>" in latex
     assert page.count("<img ") == 3
+    assert page.index("<table>") < page.index("<img ") < page.index("<h2>Cost")
     assert all((tmp_path / name.split('"')[0]).is_file() for name in page.split('src="')[1:])
+
+
+def test_what_stands_under_a_picture_of_differences_fits_into_it(results: Results) -> None:
+    named = [replace(one, method="training-free anchors") if one.method == "MEND" else one for one in results]
+    named = [replace(one, task=f"{one.task} of a rather long name") for one in named]
+    figure = plots._plot_differences(named, "training-free anchors", "in-context")
+    figure.canvas.draw()
+    text = figure.axes[0].xaxis.label.get_window_extent()
+    assert 0 <= text.x0 < text.x1 <= figure.bbox.width
 
 
 def test_scores_of_several_groups_stand_side_by_side(results: Results) -> None:

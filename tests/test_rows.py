@@ -58,3 +58,8 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
     with pytest.raises(MissingExtraError, match=r'pip install "mend_hf\[data\]"'):
         list(read_rows(tmp_path / "a.jsonl.zst"))
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="got a folder: check the path"):
+        list(read_rows(tmp_path))

@@ -112,7 +112,8 @@ def load_base_model(
             model = load_language_model(name_or_path, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]}"
+            f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]} "
+            "Without the Hub, name a folder or a .gguf file with --base-model."
         ) from error
     return model.to(device), tokenizer
 

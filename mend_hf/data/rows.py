@@ -28,7 +28,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"Expected a file at {path}, got none: check the path.")
+        raise DataError(f"Expected a file at {path}, got {'a folder' if path.is_dir() else 'none'}: check the path.")
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path)
     elif path.name.endswith(".jsonl.zst"):

@@ -134,5 +134,6 @@ def pick_methods(names: Sequence[str]) -> dict[str, Method]:
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise ConfigError(f"Expected methods among {', '.join(METHODS)}, got {', '.join(unknown)}.")
+        known, got = (", ".join(map(repr, names)) for names in (METHODS, unknown))
+        raise ConfigError(f"Expected methods among {known}, got {got}: correct the names, capitals too.")
     return {name: METHODS[name] for name in names}

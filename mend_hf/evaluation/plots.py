@@ -131,7 +131,7 @@ def _plot_differences(results: Sequence[TaskResult], method: str, against: str) 
         if result.method == method and other is not None:
             by_task.setdefault(result.task, []).append(100 * (result.score - other.score))
     tasks = sorted(by_task, key=lambda task: fmean(by_task[task]))
-    figure, axes = _make_figure(1.4 + 0.24 * len(tasks))
+    figure, axes = _make_figure(1.6 + 0.24 * len(tasks))
     means = [fmean(by_task[task]) for task in tasks]
     axes.barh(tasks, means, color=[_COLOURS[0] if mean >= 0 else _COLOURS[1] for mean in means], height=0.7)
     for place, task in enumerate(tasks):
@@ -140,5 +140,5 @@ def _plot_differences(results: Sequence[TaskResult], method: str, against: str) 
     axes.set_ylim(-0.6, len(tasks) - 0.4)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel(f"{method} less {against}, points (line: lowest to highest seed)")
+    axes.set_xlabel(f"{method} less {against}, points\n(line: lowest to highest seed)")
     return figure

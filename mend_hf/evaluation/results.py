@@ -149,7 +149,9 @@ def read_results(folder: Path) -> list[TaskResult]:
     """
     results = _read_all(folder)
     if not results:
-        raise DataError(f"Expected a folder with {RESULTS_NAME}, which mend evaluate writes, got {folder}.")
+        raise DataError(
+            f"Expected a folder with {RESULTS_NAME}, which mend evaluate writes, got {folder}: check the path."
+        )
     return results
 
 
