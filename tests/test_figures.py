@@ -16,6 +16,7 @@ FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 def test_a_figure_is_drawn_for_light_and_for_dark_pages(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(FIGURES)  # as where the script is called
     monkeypatch.setattr(sys, "argv", [script.name, "--output-dir", str(tmp_path)])
     runpy.run_path(str(script), run_name="__main__")
     drawn = {path.name for path in tmp_path.iterdir()}

@@ -9,10 +9,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from pages import save_for_pages
 
 DEMONSTRATIONS = [("great film", "positive"), ("a bore", "negative"), ("so slow", "negative"), ("...", "")]
 QUERY, ANSWER = "moving and funny", "positive"
@@ -98,10 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    # Letters as shapes, so that the picture looks the same with any fonts; the same ids in every run.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "overview"}):
-        for name, look in LOOKS.items():
-            draw(look).savefig(args.output_dir / f"overview_{name}.svg", transparent=True, metadata={"Date": None})
+    save_for_pages(__file__, draw, LOOKS, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Shape
+from pages import save_for_pages
 
 TOKENS = ["Input:", "great", "film", "Output", ":", "good", "↵↵", "Input:", "a", "bore", "Output", ":", "bad", "↵↵"]
 ANCHORS = [4, 5, 6, 11, 12, 13]
@@ -148,12 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    # Letters as shapes, so that the picture looks the same with any fonts; the same ids in every run.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "prefix_and_masks"}):
-        for name, look in LOOKS.items():
-            draw(look).savefig(
-                args.output_dir / f"prefix_and_masks_{name}.svg", transparent=True, metadata={"Date": None}
-            )
+    save_for_pages(__file__, draw, LOOKS, args.output_dir)
 
 
 if __name__ == "__main__":

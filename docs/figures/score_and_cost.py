@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
+from pages import save_for_pages
 
 from mend_hf.evaluation.report import MethodSummary, summarise
 from mend_hf.evaluation.results import read_results
@@ -92,11 +92,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     points = make_points(summarise(read_results(args.results)))
-    # Letters as shapes, so that the picture looks the same with any fonts; the same ids in every run.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "score_and_cost"}):
-        for name, colours in LOOKS.items():
-            path = args.output_dir / f"score_and_cost_{name}.svg"
-            draw(points, *colours).savefig(path, transparent=True, metadata={"Date": None})
+    save_for_pages(__file__, lambda colours: draw(points, *colours), LOOKS, args.output_dir)
 
 
 if __name__ == "__main__":
