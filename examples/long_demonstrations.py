@@ -16,7 +16,7 @@ from rich.table import Table
 from tiny import DATA
 
 from mend_hf.data.metaicl import load_tasks
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.scoring import score_options
 
 
 def main() -> None:

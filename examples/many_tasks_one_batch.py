@@ -14,7 +14,7 @@ from tiny import DATA
 
 from mend_hf.data.metaicl import load_tasks
 from mend_hf.data.rows import read_rows
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.scoring import score_options
 
 
 def main() -> None:

@@ -61,9 +61,7 @@ class DistilledDemonstrations:
         return len(self.provenance.chunks)
 
     def __getitem__(self, row: int) -> DistilledDemonstrations:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"Expected a task from 0 to {len(self) - 1}, got {row}.")
-        return self.select([row % len(self)])
+        return self.select([row])
 
     def __iter__(self) -> Iterator[DistilledDemonstrations]:
         return (self[row] for row in range(len(self)))
@@ -104,7 +102,17 @@ class DistilledDemonstrations:
         return self.prefix.vectors
 
     def select(self, rows: Sequence[int]) -> DistilledDemonstrations:
-        """Return the given tasks, in this order; a task may occur more than once."""
+        """Return the given tasks, in this order; a task may occur more than once.
+
+        Args:
+            rows: From 0, or, counted from the end, from -1.
+
+        Raises:
+            IndexError: There is no such task.
+        """
+        for row in rows:
+            if not -len(self) <= row < len(self):
+                raise IndexError(f"Expected a task from 0 to {len(self) - 1}, got {row}.")
         first = [sum(len(task) for task in self.provenance.chunks[:row]) for row in range(len(self))]
         return self._pick([[*range(first[row], first[row] + len(self.provenance.chunks[row]))] for row in rows])
 

@@ -22,10 +22,12 @@ CURVES_NAME = "training_curves.png"
 
 # Colours that stay apart for colour-blind eyes and in grey (Okabe and Ito, 2008).
 _BLACK, _BLUE, _ORANGE, _GREEN, _RED = "#333333", "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_PINK = "#CC79A7"
 _LOSSES = {
     "loss": ("loss (weighted sum)", _BLACK),
     "nll_loss": ("NLL of the targets", _BLUE),
     "kd_loss": ("divergence from the teacher", _RED),
+    "option_loss": ("choice among the options (nats per query)", _PINK),
     "hidden_loss": ("distance of hidden states (no unit)", _GREEN),
 }
 _MAX_PLAIN_POINTS = 40  # more than these are smoothed

@@ -90,7 +90,8 @@ def parse_demonstrations(demonstrations: Any) -> tuple[list[list[Demonstration]]
     if isinstance(demonstrations, str | Mapping | Demonstration) or not isinstance(demonstrations, Sequence):
         raise DataError(
             'Expected a list of demonstrations such as [("great film", "positive")], '
-            f"got {type(demonstrations).__name__}: put the demonstrations into a list."
+            f"got {type(demonstrations).__name__}: put the demonstrations into a list; a folder of distilled ones is "
+            "loaded with DistilledDemonstrations.from_pretrained(path)."
         )
     is_batch = bool(demonstrations) and all(isinstance(item, list) for item in demonstrations)
     tasks = demonstrations if is_batch else [demonstrations]

@@ -111,6 +111,38 @@ def nll_loss(logits: Tensor, labels: Tensor, *, num_items: Tensor | int | None =
     return _sum_over(likelihood, logits, mask) / _count(mask, num_items)
 
 
+def option_loss(
+    logits: Tensor, labels: Tensor, query_rows: Tensor, *, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Return the mean cross-entropy of choosing the target among each query's options, in nats a query.
+
+    An option's score is its mean log-likelihood a token, as it is in evaluation (`scoring.score_options`), and the
+    options' probabilities are the softmax of their scores. The NLL of a target says nothing of how likely the other
+    options are, nor that a long one is given its later tokens for nothing; this loss lowers what decides the answer.
+
+    Args:
+        logits (B, T, W): `logits[:, t]` predicts `labels[:, t]`; one row an option.
+        labels (B, T): Token ids of the options; -100 elsewhere.
+        query_rows (B,): The query that an option belongs to, from 0. A query's first option is its target.
+        num_items: What the sum is divided by; None: the number of queries with two options at least.
+
+    Returns:
+        Scalar, in float32 at least; 0 where no query has two options.
+    """
+    counts = labels != IGNORE_INDEX
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    nll = F.cross_entropy(logits[counts].to(precision), labels[counts], reduction="none")  # [N]
+    rows = counts.nonzero()[:, 0]
+    sums = nll.new_zeros(len(labels)).index_add(0, rows, nll)
+    scores = -sums / counts.sum(1).clamp(min=1)  # [B]
+    num_queries = int(query_rows.max()) + 1
+    is_own = query_rows == torch.arange(num_queries, device=query_rows.device)[:, None]  # [queries, B]
+    among = scores.masked_fill(~is_own, -torch.inf).logsumexp(1)
+    of_target = scores[is_own.long().argmax(1)]
+    is_choice = is_own.sum(1) > 1
+    return (among - of_target)[is_choice].sum() / _count(is_choice, num_items)
+
+
 def hidden_loss(
     student_states: Sequence[Tensor],
     teacher_states: Sequence[Tensor],

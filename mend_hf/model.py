@@ -31,6 +31,7 @@ from mend_hf.recompute import find_layers, recompute_layers
 from mend_hf.routes import get_route
 from mend_hf.routes.base import Route, match_rows
 from mend_hf.routes.prepended import PrependedRoute
+from mend_hf.scoring import score_options
 from mend_hf.wrapper import WrappedModel
 
 
@@ -268,12 +269,32 @@ class MendModel(WrappedModel):
         prefix = match_rows(self.route.prepare(prefix), query.shape[0])
         return self.route.generate(prefix, given, attention_mask, **generation)
 
-    def answer(self, queries: Sequence[str], demonstrations: Any | None = None, **generation: Any) -> list[str]:
+    def answer(
+        self,
+        queries: str | Sequence[str],
+        demonstrations: Any | None = None,
+        *,
+        options: Sequence[str] | None = None,
+        **generation: Any,
+    ) -> list[str]:
         """Return what follows each query up to the end of the answer, greedily unless `generation` says otherwise.
 
         An answer ends where the prompt format's separator, in a chat the end of the turn, begins. Takes and raises
-        what `generate` does.
+        what `generate` does, and beside it:
+
+        Args:
+            queries: B texts, or one.
+            demonstrations: As for `generate`.
+            options: What may be answered; the likeliest by the mean log-likelihood of its tokens is returned, and
+                nothing is generated.
+            **generation: As for `generate`; nothing beside `options`.
+
+        Raises:
+            ConfigError: There are both `options` and settings of `generate`.
+            DataError: There are not two or more different `options`.
         """
+        if options is not None:
+            return self._choose(queries, demonstrations, options, generation)
         prompt = self.prompt
         encoding = self.tokenize(queries, is_alone=self._is_alone(demonstrations))
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 32, "pad_token_id": prompt.pad_token_id}
@@ -284,6 +305,27 @@ class MendModel(WrappedModel):
         ids = self.generate(**encoding, demonstrations=demonstrations, **settings | generation)
         start = 0 if prompt.is_encoder_decoder else encoding["input_ids"].shape[1]
         return prompt.decode_answers(ids[:, start:].tolist())
+
+    @torch.no_grad()
+    def _choose(
+        self,
+        queries: str | Sequence[str],
+        demonstrations: Any | None,
+        options: Sequence[str],
+        generation: Mapping[str, Any],
+    ) -> list[str]:
+        """Return the likeliest of the options behind each query."""
+        check_generates(self.base_model)
+        if generation:
+            raise ConfigError(
+                f"Expected options alone, which nothing is generated for, got {', '.join(generation)} too: leave out "
+                "the one or the others."
+            )
+        if isinstance(options, str) or len({*options}) < max(len(options), 2):
+            raise DataError(f"Expected options as a list of two or more different texts, got {options!r}: correct it.")
+        queries = [queries] if isinstance(queries, str) else queries
+        scores = score_options(self, queries, [options] * len(queries), self._resolve(demonstrations))
+        return [options[row.index(max(row))] for row in scores]
 
     def tokenize(self, queries: str | Sequence[str], *, is_alone: bool = False) -> BatchEncoding:
         """Put queries into the prompt format and return their padded ids (B, T) and mask.

@@ -2,7 +2,8 @@
 
 Losses are sums over tokens, divided by the count of a whole step, so the passes' gradients add up to the batch's own.
 
-Shapes: R tasks, N chunks, D demonstration tokens, B queries, T query tokens, A target tokens of an encoder-decoder.
+Shapes: R tasks, N chunks, D demonstration tokens, B queries, O their wrong options, T query tokens, A target tokens of
+an encoder-decoder.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def split_batch(batch: Mapping[str, Tensor], max_tokens: int, *, labels_apart: b
     chunk_lengths, query_lengths = batch["demo_attention_mask"].sum(1), batch["attention_mask"].sum(1)
     chunk_rows, query_rows = batch["demo_task_rows"], batch["query_task_rows"]
     num_tasks = int(chunk_rows.max()) + 1
+    if "option_input_ids" in batch:  # read in one pass with the queries
+        query_lengths = torch.cat([query_lengths, batch["option_attention_mask"].sum(1)])
+        query_rows = torch.cat([query_rows, query_rows[batch["option_query_rows"]]])
     # For every task: chunks, the longest one's tokens, queries, the longest one's tokens.
     shapes = torch.stack(
         [
@@ -60,7 +64,13 @@ def _select_tasks(batch: Mapping[str, Tensor], tasks: list[int], labels_apart: b
     wanted = torch.tensor(tasks, device=batch["query_task_rows"].device)
     chunks, queries = (torch.isin(batch[name], wanted) for name in ("demo_task_rows", "query_task_rows"))
     part: Batch = {}
-    for prefix, rows in (("demo_", chunks), ("teacher_", wanted), ("", queries)):
+    sides = [("demo_", chunks), ("teacher_", wanted), ("", queries)]
+    if "option_query_rows" in batch:
+        options = queries[batch["option_query_rows"]]
+        sides.append(("option_", options))
+        numbers = queries.cumsum(0) - 1  # of the queries that are left
+        part["option_query_rows"] = numbers[batch["option_query_rows"][options]]
+    for prefix, rows in sides:
         if f"{prefix}attention_mask" not in batch:
             continue
         mask = batch[f"{prefix}attention_mask"][rows]
@@ -68,10 +78,9 @@ def _select_tasks(batch: Mapping[str, Tensor], tasks: list[int], labels_apart: b
         for name in ("input_ids", "attention_mask", "anchor_mask"):
             if f"{prefix}{name}" in batch:
                 part[f"{prefix}{name}"] = batch[f"{prefix}{name}"][rows][:, columns]
-        if prefix:
-            continue
-        labels = batch["labels"][rows]
-        part["labels"] = labels[:, (labels != IGNORE_INDEX).any(0) if labels_apart else columns]
+        if f"{prefix}labels" in batch:
+            labels = batch[f"{prefix}labels"][rows]
+            part[f"{prefix}labels"] = labels[:, (labels != IGNORE_INDEX).any(0) if labels_apart else columns]
     part["demo_task_rows"] = torch.searchsorted(wanted, batch["demo_task_rows"][chunks])
     part["query_task_rows"] = torch.searchsorted(wanted, batch["query_task_rows"][queries])
     return part

@@ -18,11 +18,11 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.errors import ConfigError, DataError
-from mend_hf.evaluation.scoring import batch_by_length, score_options
 from mend_hf.fingerprint import check_fingerprint
 from mend_hf.guards import check_generates
 from mend_hf.model import MendModel
 from mend_hf.prefix import Prefix, stack_rows
+from mend_hf.scoring import batch_by_length, score_options
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ class Probe:
     ) -> None:
         if not len(rows):
             raise ConfigError("Expected probe_dataset with at least one row, got an empty one: leave it out.")
-        if isinstance(collate, MendCollator) and not collate.with_teacher:
+        if isinstance(collate, MendCollator):
             collate = copy.copy(collate)
-            collate.with_teacher = True
+            collate.with_teacher, collate.with_options = True, False
         self._objective = objective
         indices = range(len(rows))
         with torch.random.fork_rng(devices=[]):

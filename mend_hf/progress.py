@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-_LOSSES = {"loss": "loss", "nll_loss": "nll", "kd_loss": "kd", "hidden_loss": "hidden"}
+_LOSSES = {"loss": "loss", "nll_loss": "nll", "kd_loss": "kd", "option_loss": "options", "hidden_loss": "hidden"}
 _SHARE = "_time_fraction"
 
 Logs = Mapping[str, float]

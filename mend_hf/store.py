@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -113,7 +114,7 @@ class DemonstrationStore(Mapping[str, DistilledDemonstrations]):
             KeyError: There are none.
         """
         if name not in self:
-            raise KeyError(name)
+            raise _UnknownNameError(name, self)
         shutil.rmtree(self.folder / name)
         with self._lock:
             self._let_go(name)
@@ -129,7 +130,7 @@ class DemonstrationStore(Mapping[str, DistilledDemonstrations]):
         if record is None:
             with self._lock:
                 self._let_go(name)
-            raise KeyError(name)
+            raise _UnknownNameError(name, self)
         state = record.stat()
         version = (state.st_ino, state.st_mtime_ns)
         with self._lock:
@@ -166,6 +167,23 @@ class DemonstrationStore(Mapping[str, DistilledDemonstrations]):
     def _let_go(self, name: str) -> None:
         held = self._held.pop(name, None)
         self._num_bytes -= held.num_bytes if held else 0
+
+
+class _UnknownNameError(DataError, KeyError):
+    """The message, which looks through all names, is made where it is read: `DemonstrationStore.get` needs none."""
+
+    def __init__(self, name: str, store: DemonstrationStore) -> None:
+        super().__init__(name)
+        self._store = store
+
+    def __str__(self) -> str:
+        name, known = self.args[0], list(self._store)
+        near = difflib.get_close_matches(str(name), known, n=3)
+        hint = f" (nearest: {', '.join(near)})" if near else ""
+        return (
+            f"Expected one of the {len(known)} names of demonstrations in {self._store.folder}, got {name!r}{hint}: "
+            "correct it, or add demonstrations of that name."
+        )
 
 
 class _Held(NamedTuple):

@@ -84,7 +84,8 @@ class Teacher:
         )
         num_predicted = mask.shape[1]
         logits = output.logits[:, :num_predicted]
-        states = pick_layers(output, self.layers, num_predicted) if self.with_hidden_states else ()
+        layers = pick_layers(output, self.layers) if self.with_hidden_states else ()
+        states = tuple(layer[:, :num_predicted] for layer in layers)
         if not self.top_k:
             return TeacherOutput(logits, states)
         if self.top_k >= logits.shape[-1]:
@@ -98,8 +99,8 @@ class Teacher:
         return TeacherOutput(top, states)
 
 
-def pick_layers(output: ModelOutput, layers: list[int] | None, num_predicted: int) -> tuple[Tensor, ...]:
-    """Return the hidden states (B, P, R) of chosen layers, of the decoder where there are two stacks.
+def pick_layers(output: ModelOutput, layers: list[int] | None) -> tuple[Tensor, ...]:
+    """Return the hidden states (B, T, R) of chosen layers, of the decoder where there are two stacks.
 
     Raises:
         ConfigError: There is no such layer.
@@ -112,7 +113,7 @@ def pick_layers(output: ModelOutput, layers: list[int] | None, num_predicted: in
         raise ConfigError(
             f"Expected hidden_loss_layers from 1 to {num_layers}, or from -{num_layers} to -1, got {unknown}."
         )
-    return tuple(states[layer][:, :num_predicted] for layer in chosen)
+    return tuple(states[layer] for layer in chosen)
 
 
 def join_text(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor | int]:

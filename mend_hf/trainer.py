@@ -38,10 +38,11 @@ class MendTrainer(PushingTrainer):
     """Trains a distiller; the base model is teacher (with the text) and student (with the prefix), and never changes.
 
     loss = nll_loss_weight * NLL(target) + kd_loss_weight * divergence(teacher, student) + hidden_loss_weight *
-    distance(teacher, student), means over the tokens that count.
+    distance(teacher, student), means over the tokens that count, + option_loss_weight * cross-entropy(target among the
+    options), a mean over the queries that have some.
 
     Given a bare language model in place of a distiller, it tunes that model itself on the demonstrations' full text,
-    with the targets' NLL alone (MetaICL, the recipe "metaicl").
+    with the targets' NLL, and the option loss where it has a weight (MetaICL, the recipe "metaicl").
 
     Args:
         model: The distiller on its base model; or a language model of transformers.
@@ -81,7 +82,7 @@ class MendTrainer(PushingTrainer):
             data_collator = _make_collator(model, args, kwargs.get("processing_class"))
         self._earlier_stages = (model.mend_config.training_stages or []) if isinstance(model, MendModel) else []
         self._objective = Objective(model, args)
-        self._num_kd_tokens: Tensor | None = None
+        self._num_items: dict[str, Tensor] = {}  # of the step at hand, by loss
         self._batches: list[Any] = []  # of the step at hand
         super().__init__(
             self._objective,
@@ -135,13 +136,17 @@ class MendTrainer(PushingTrainer):
     ) -> Any:
         """Return the weighted loss, divided by the tokens of all accumulated batches."""
         in_training = model.training
-        num_items = (num_items_in_batch, self._num_kd_tokens) if in_training else (None, None)
+        num_items: dict[str, Tensor | int] = {}
+        if in_training:
+            num_items |= self._num_items
+            if num_items_in_batch is not None:
+                num_items["nll_loss"] = num_items_in_batch
         with self._objective.stopwatch.measure("student"):
-            losses, outputs = self._objective(model, dict(inputs), *num_items)
+            losses, outputs = self._objective(model, dict(inputs), num_items)
         loss = self._objective.weigh(losses, outputs.logits)
         values = {name: value.item() for name, value in losses.items()}
         if not in_training:
-            self._losses.add_evaluated(values, len(outputs.logits))
+            self._losses.add_evaluated(values, len(inputs["labels"]))
         elif all(map(math.isfinite, values.values())):
             self._losses.add(values)
         elif self.accelerator.num_processes == 1:  # else all learn of it by the gradient, and pass over it together
@@ -236,12 +241,11 @@ class MendTrainer(PushingTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches = batches
         self._losses.begin_step()
-        count = sum(self._objective.align(batch)[1].sum() for batch in batches)
-        if isinstance(count, Tensor):
-            count = count.to(device)
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                count = self.accelerator.gather(count).sum()
-            self._num_kd_tokens = count
+        counts = [self._objective.count(batch) for batch in batches]
+        names = counts[0] if counts else ()
+        self._num_items = {name: torch.stack([count[name] for count in counts]).sum().to(device) for name in names}
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            self._num_items = {name: self.accelerator.gather(count).sum() for name, count in self._num_items.items()}
         return batches, num_items
 
     def prediction_step(
@@ -302,6 +306,7 @@ class MendTrainer(PushingTrainer):
             "learning_rate": args.learning_rate,
             "nll_loss_weight": args.nll_loss_weight,
             "kd_loss_weight": args.kd_loss_weight,
+            "option_loss_weight": args.option_loss_weight,
             "hidden_loss_weight": args.hidden_loss_weight,
             "loss": losses[-1] if losses else None,
         }
@@ -356,13 +361,15 @@ def _check_model(model: Any, args: MendTrainingArguments) -> None:
 
 
 def _make_collator(model: MendModel | PreTrainedModel, args: MendTrainingArguments, tokenizer: Any) -> MendCollator:
+    what = {
+        "with_teacher": args.needs_teacher or not isinstance(model, MendModel),
+        "with_options": args.option_loss_weight > 0,
+    }
     if isinstance(model, MendModel):
-        return MendCollator(
-            model.prompt.tokenizer, model.mend_config, model.distiller_tokenizer, with_teacher=args.needs_teacher
-        )
+        return MendCollator(model.prompt.tokenizer, model.mend_config, model.distiller_tokenizer, **what)
     if tokenizer is None:
         raise ConfigError(
             "Expected processing_class, the tokenizer, or a data_collator beside a bare language model, got neither: "
             "give one."
         )
-    return MendCollator(tokenizer, MendConfig(task_type=check_base_model(model)))
+    return MendCollator(tokenizer, MendConfig(task_type=check_base_model(model)), **what)

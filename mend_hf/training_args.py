@@ -53,6 +53,13 @@ class MendTrainingArguments(TrainingArguments):
             "help": "Weight of the divergence from the teacher over all query and target tokens, in nats a token."
         },
     )
+    option_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the cross-entropy of choosing the target among a row's options, in nats a query, as "
+            "`losses.option_loss`; 0: the wrong options are not read."
+        },
+    )
     kd_divergence: Divergence = field(
         default="forward_kl",
         metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon, see `losses.kd_loss`."},
@@ -131,7 +138,7 @@ class MendTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("nll_loss_weight", "kd_loss_weight", "hidden_loss_weight")
+        weights = ("nll_loss_weight", "kd_loss_weight", "option_loss_weight", "hidden_loss_weight")
         problems = [
             f"{name}: expected 0 or more, got {getattr(self, name)}"
             for name in (*weights, "kd_top_k")

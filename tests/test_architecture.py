@@ -32,7 +32,7 @@ LAYERS = (
     ("distiller", "routes/"),
     ("artifact",),
     ("hub", "binding", "store"),
-    ("wrapper", "pull"),
+    ("wrapper", "pull", "scoring"),
     ("data/", "model"),
     ("auto", "teacher_cache", "training_args"),
     ("auto_classes", "teacher"),
@@ -273,6 +273,14 @@ after = describe_state()
 heavy = {"matplotlib", "sklearn", "evaluate", "datasets"} & (set(sys.modules) - modules)
 print(json.dumps({"changed": [key for key in before if before[key] != after[key]], "heavy": sorted(heavy)}))
 """
+
+
+def test_the_package_is_found_from_beside_a_folder_of_its_name(tmp_path: Path) -> None:
+    """As the clone is for whoever starts Python next to it."""
+    (tmp_path / "mend_hf").mkdir()
+    code = "from importlib.util import find_spec; print(find_spec('mend_hf').origin)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()) == Path(mend_hf.__file__)
 
 
 def test_importing_every_public_name_changes_nothing_global() -> None:

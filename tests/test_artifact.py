@@ -30,8 +30,11 @@ def test_it_is_a_sequence_of_tasks(model):
     assert [task.provenance.num_demonstrations for task in distilled] == [[2], [1], [1]]
     assert distilled[-1].provenance == distilled[2].provenance
     assert distilled.select([2, 0, 2]).provenance.num_demonstrations == [1, 2, 1]
-    with pytest.raises(IndexError, match="from 0 to 2"):
-        distilled[3]
+    assert distilled.select([-3, -1]).provenance.num_demonstrations == [2, 1]
+    for ask in (distilled.__getitem__, lambda row: distilled.select([0, row])):
+        for row in (3, -4):
+            with pytest.raises(IndexError, match=f"from 0 to 2, got {row}"):
+                ask(row)
 
 
 def test_picking_a_short_task_drops_the_slots_it_does_not_use(model):

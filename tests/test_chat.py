@@ -17,9 +17,9 @@ from mend_hf import Demonstration, DistilledDemonstrations, MendConfig, get_mend
 from mend_hf.data.collator import MendCollator
 from mend_hf.demonstrations import parse_demonstrations
 from mend_hf.errors import ConfigError, DataError
-from mend_hf.evaluation.scoring import score_options
 from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.provenance import provenance_from_record
+from mend_hf.scoring import score_options
 
 CLOSE: dict[str, float] = {"atol": 2e-5, "rtol": 1e-5}
 SHOTS = [("great film", "positive"), ("the food was bad", "negative")]

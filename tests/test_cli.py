@@ -176,6 +176,10 @@ def test_both_stages_then_distill_and_generate(mend: Mend, base_folder: Path, da
     assert answers[0].out.count("\n") == 2
     assert answers[0] == answers[1]
     assert (answers[0].code, answers[0].err) == (0, "")
+    chosen = mend("generate", *words, "--demonstrations", distilled, "--options", "a, the", "good film", "a dull day")
+    assert (chosen.code, chosen.err) == (0, "")
+    assert {*chosen.out.splitlines()} <= {"a", "the"}
+    assert chosen.out.count("\n") == 2
 
 
 def test_a_recipe_and_arguments_of_the_trainer_decide_the_losses(
@@ -188,10 +192,24 @@ def test_a_recipe_and_arguments_of_the_trainer_decide_the_losses(
     entries = json.loads((one / "training_log.json").read_text())["log"]
     assert any("nll_loss" in entry for entry in entries)
     assert not any("kd_loss" in entry for entry in entries)
-    chosen = ["--arg", "kd_divergence=reverse_kl", "--arg", "kd_top_k=4", "--arg", "warmup_steps=0"]
+    assert not any("option_loss" in entry for entry in entries)
+    chosen = [
+        "--option-loss-weight",
+        0.5,
+        "--max-options",
+        2,
+        "--arg",
+        "kd_divergence=reverse_kl",
+        "--arg",
+        "kd_top_k=4",
+        "--arg",
+        "warmup_steps=0",
+    ]
     result = mend("finetune", *words, *NEW_DISTILLER, *chosen, "--output-dir", other)
     assert result.code == 0, result.err
+    assert any("option_loss" in entry for entry in json.loads((other / "training_log.json").read_text())["log"])
     arguments = json.loads((other / "training_run.json").read_text())["arguments"]
+    assert arguments["option_loss_weight"] == 0.5
     assert [arguments[name] for name in ("kd_divergence", "kd_top_k", "warmup_steps")] == ["reverse_kl", 4, 0]
 
 
@@ -439,6 +457,14 @@ def test_without_a_distiller_the_training_free_anchors_answer(mend: Mend, base_f
     result = mend("generate", *words, "--max-new-tokens", 2, "good film")
     assert (result.code, result.err) == (0, "")
     assert result.out.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", ["positive", "positive,", "positive, positive"])
+def test_options_that_are_no_choice_are_refused_before_a_model_is_loaded(
+    mend: Mend, tmp_path: Path, options: str
+) -> None:
+    words = ["generate", "--base-model", tmp_path / "is_never_looked_for", "--options", options, "good film"]
+    assert_refused(mend(*words), "two or more different answers with commas", repr(options))
 
 
 def test_info_shows_a_distiller_and_what_it_distilled(
@@ -727,9 +753,14 @@ def test_bad_tasks_are_refused(mend: Mend, data: Path, tmp_path: Path) -> None:
     partition = tmp_path / "partition.json"
     partition.write_text('{"train": ["plants"], "test": []}')
     assert_refused(mend(*words, data / "tasks", "--partition", partition), "'plants'", "nearest: plant")
+    partition.write_text('{"train": ["film"], "test": ["plants"]}')
+    assert_refused(mend(*words, data / "tasks", "--partition", partition), "'plants'", "nearest: plant")
     partition.write_text('{"train": ["film"], "test": ["film"]}')
     assert_refused(mend(*words, data / "tasks", "--partition", partition), "film on both sides")
     assert_refused(mend(*words, data / "tasks", "--num-demonstrations", "few"), "'few'")
+    assert_refused(mend(*words, data / "tasks", "--num-demonstrations", "8-4"), "(8, 4)", "here (4, 8)")
+    assert_refused(mend(*words, tmp_path / "nothing"), "neither a file nor a folder here", str(tmp_path / "nothing"))
+    assert_refused(mend(*words, data / "mine.jsonl"), "mine.jsonl:1", "a field 'task'", "TASK.train.jsonl")
     assert_refused(mend(*words, data / "tasks", "--num-demonstrations", 2, "--num-eval-tasks", 2), "hold out fewer")
     assert_refused(mend(*words, data / "tasks", "--num-demonstrations", 50), "ask for fewer demonstrations")
     row = {"task": "odd", "input": "good", "output": "maybe", "options": ["yes", "no"]}
@@ -781,11 +812,20 @@ def test_what_is_not_there_is_refused(mend: Mend, base_folder: Path, data: Path,
     assert_refused(
         mend("generate", "--base-model", nowhere, *mine, "good film"), "Expected a base model", str(nowhere)
     )
-    assert_refused(mend("generate", "--distiller", nowhere, *mine, "good film"), "mend_config.json", str(nowhere))
-    assert_refused(mend("info", nowhere), "mend_config.json", str(nowhere))
+    file, out = tmp_path / "nope.gguf", ["--output-dir", tmp_path / "out"]
+    assert_refused(
+        mend("generate", "--base-model", file, *mine, "good film"), f"a file at {file}, got none: check the"
+    )
+    for words in (["generate", "good film"], ["distill", *out], ["export-peft", *out]):  # before the base model
+        result = mend(*words, "--distiller", nowhere, "--base-model", file, *mine)
+        assert_refused(result, "mend_config.json", str(nowhere))
+    for place in (nowhere, data):
+        both = ["mend_config.json", "distilled_demonstrations.json", f"in {place}, got n"]
+        assert_refused(mend("info", place), *both, "check the path")
     words = ["generate", "--base-model", base_folder, "--demonstrations"]
     assert_refused(mend(*words, base_folder, "good film"), "distilled_demonstrations.json", str(base_folder))
-    assert_refused(mend(*words, nowhere, "good film"), "Expected a file", str(nowhere))
+    result = mend(*words, nowhere, "good film")
+    assert_refused(result, "Expected a file", "or a folder that `mend distill` wrote", str(nowhere))
 
 
 def test_another_base_model_is_refused(

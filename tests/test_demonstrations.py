@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 from transformers import BatchEncoding
@@ -41,6 +42,7 @@ def test_strings_are_plain_text():
         ([], "give one or more"),
         ([[("a", "b")], []], "task 1, .* give one or more"),
         ("text", "put the demonstrations into a list"),
+        (Path("folder"), r"DistilledDemonstrations\.from_pretrained\(path\)"),
         ([("a", 1)], "demonstration 0: expected an output that is a string, got 1 .*convert it to text"),
         ([("a", "b"), ("a", None)], "demonstration 1: .*give the answer as text"),
         ([{"input": "a"}], "a mapping with input and output"),

@@ -25,9 +25,9 @@ from mend_hf import (
 from mend_hf.cli.options import load_base_model
 from mend_hf.errors import ConfigError, DataError, ShapeError, UnsupportedModelError
 from mend_hf.evaluation.methods import METHODS, TRAINED_METHODS
-from mend_hf.evaluation.scoring import score_options
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.prefix import EmbeddingPrefix, KeyValuePrefix
+from mend_hf.scoring import score_options
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive")]
 TASKS = [SHOTS, SHOTS[:1], SHOTS[1:]]

@@ -58,10 +58,21 @@ def test_tasks_with_too_few_examples_are_left_out_with_a_warning() -> None:
         FewShotDataset(make_tasks(a=5), num_demonstrations=5, num_rows=3, seed=0)
 
 
-@pytest.mark.parametrize("settings", [{"num_demonstrations": (4, 2)}, {"num_rows": 0}])
-def test_impossible_numbers_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"give a range as \(low, high\)"):
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"num_demonstrations": (4, 2)}, r"give a range as \(low, high\), here \(2, 4\)"),
+        ({"num_demonstrations": 0}, "got 0: raise it"),
+        ({"num_demonstrations": (0, 2)}, r"got \(0, 2\): raise it"),
+        ({"queries_per_demonstrations": 0}, "got 0: raise it"),
+        ({"num_rows": 0}, "got 0: raise it"),
+    ],
+)
+def test_the_one_impossible_number_is_named(settings: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"Expected {next(iter(settings))} .*{remedy}") as refused:
         FewShotDataset(make_tasks(a=20), **{"num_rows": 1, "seed": 0} | settings)
+    names = ("num_rows", "queries_per_demonstrations", "num_demonstrations")
+    assert [name for name in names if name in str(refused.value)] == [*settings]
 
 
 class TestMixing:

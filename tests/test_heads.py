@@ -188,7 +188,11 @@ def test_the_loss_is_the_heads_own_and_trains_the_distiller_alone(tiny_model, to
 
 def test_writing_with_a_classifier_is_refused(tiny_model, tokenizer):
     model = wrap(tiny_model, tokenizer, "llama")
-    for write in (lambda: model.generate("bad", demonstrations=SHOTS), lambda: model.answer(["bad"], SHOTS)):
+    for write in (
+        lambda: model.generate("bad", demonstrations=SHOTS),
+        lambda: model.answer(["bad"], SHOTS),
+        lambda: model.answer(["bad"], SHOTS, options=["positive", "negative"]),
+    ):
         with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
             write()
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mend_hf import MendModel
 from mend_hf.auto import load_language_model
 from mend_hf.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.scoring import score_options
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -14,6 +14,7 @@ import zstandard
 
 from mend_hf.data.metaicl import (
     Example,
+    check_test_names,
     load_tasks,
     sample_demonstrations,
 )
@@ -111,7 +112,9 @@ def test_a_bad_row_is_named_with_its_line(tmp_path: Path, row: dict[str, Any], m
 
 def test_a_missing_field_is_named_with_its_line(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "all.jsonl", [{"input": "x", "output": "y"}])
-    with pytest.raises(DataError, match=r"all\.jsonl:1: expected a field 'task', .*add or rename it"):
+    with pytest.raises(
+        DataError, match=r"all\.jsonl:1: expected a field 'task', .*or rename it, .*TASK\.train\.jsonl"
+    ):
         load_tasks(path)
 
 
@@ -119,6 +122,27 @@ def test_an_unknown_task_is_answered_with_the_nearest_names(tmp_path: Path) -> N
     write_rows(tmp_path / "glue-sst2.train.jsonl", [make_row("glue-sst2", 1)])
     with pytest.raises(DataError, match=r"'glue-sts2' \(nearest: glue-sst2\); 'xyz': correct or remove the names"):
         load_tasks(tmp_path, tasks=["glue-sts2", "xyz"])
+
+
+@pytest.mark.parametrize("layout", ["folder", "table"])
+def test_an_unknown_test_task_is_answered_with_the_nearest_names(tmp_path: Path, layout: str) -> None:
+    sides = [("a", "train"), ("a", "test"), ("glue-sst2", "train"), ("glue-sst2", "test")]
+    rows = [make_row(task, 1, split=split) for task, split in sides]
+    place = tmp_path if layout == "folder" else write_rows(tmp_path / "all.jsonl", rows)
+    for row in rows if layout == "folder" else []:
+        write_rows(tmp_path / f"{row['task']}.{row['split']}.jsonl", [row])
+    check_test_names(place, ["glue-sst2"], training=["a"])
+    with pytest.raises(
+        DataError, match=r"2 tasks with a 'test' split .*'glue-sts2' \(nearest: glue-sst2\): correct or"
+    ):
+        check_test_names(place, ["glue-sts2"], training=["a"])
+    check_test_names(place, ["elsewhere"], training=["a", "glue-sst2"])
+
+
+def test_test_tasks_may_live_elsewhere(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.train.jsonl", [make_row("a", 1)])
+    for place in (tmp_path, path, "someone/data"):
+        check_test_names(place, ["elsewhere"], training=["a"])
 
 
 def test_a_folder_without_the_split_is_refused(tmp_path: Path) -> None:

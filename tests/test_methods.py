@@ -12,10 +12,11 @@ from tiny_models import wrap_tiny_model
 from tokenizers.processors import TemplateProcessing
 
 from mend_hf import Demonstration, MendConfig, get_mend_model
+from mend_hf.errors import ConfigError
 from mend_hf.evaluation.calibration import CONTENT_FREE_INPUTS, CalibratedReader
 from mend_hf.evaluation.comparison import distil_with, read_with, share_weights
 from mend_hf.evaluation.hybrids import mend_with_raw
-from mend_hf.evaluation.methods import METHODS
+from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.readers import Reader
 
 OPTIONS = ("positive", "negative")
@@ -157,3 +158,10 @@ def test_another_model_reads_in_its_own_way(tiny_model, tokenizer):
         for method, one in ((METHODS["in-context"], other), (read_with(other), model))
     )
     assert expected == got
+
+
+def test_a_method_of_nearly_the_name_is_named_first():
+    with pytest.raises(ConfigError, match=r"got 'mend' \(did you mean 'MEND'\?\), not among 'zero-shot', "):
+        pick_methods(["MEND", "mend"])
+    with pytest.raises(ConfigError, match=r"'In context' \(did you mean 'in-context'\?\), 'magic', not among "):
+        pick_methods(["In context", "magic"])

@@ -18,6 +18,7 @@ from mend_hf import (
     get_mend_model,
 )
 from mend_hf.errors import CheckpointError, ConfigError, DataError, ShapeError, UnsupportedModelError
+from mend_hf.scoring import score_options
 
 SHOTS = [("great film", "positive"), ("a bore", "negative")]
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -90,6 +91,38 @@ def test_answers_end_where_the_separator_begins(model, monkeypatch):
         model.prompt.tokenizer.__class__, "batch_decode", lambda *_, **__: [" positive\n\nInput: more"]
     )
     assert model.answer(["bad"], SHOTS) == ["positive"]
+
+
+def test_of_options_the_likeliest_is_answered(model):
+    queries, options = ["moving and funny", "bad", "very good"], ["positive", "negative", "good food"]
+    several = model.distill([SHOTS, SHOTS[:1], SHOTS[1:]])
+    for demonstrations, prefix in (
+        (None, None),
+        (SHOTS, model.distill(SHOTS).prefix),
+        (several, several.prefix),
+        (several.prefix, several.prefix),
+    ):
+        scores = score_options(model, queries, [options] * 3, prefix)
+        expected = [options[row.index(max(row))] for row in scores]
+        assert model.answer(queries, demonstrations, options=options) == expected
+    assert model.answer("bad", SHOTS, options=options) == model.answer(["bad"], SHOTS, options=options)
+    chosen = model.answer(queries, SHOTS, options=options)
+    assert chosen == model.answer(queries, SHOTS, options=options[::-1])
+    with model.use_demonstrations(SHOTS):
+        assert model.answer(queries, options=options) == chosen
+        with model.disable_adapter():
+            assert model.answer(queries, options=options) == model.answer(queries, options=options[::-1])
+
+
+@pytest.mark.parametrize("options", [[], ["positive"], ["positive", "positive"], "positive"])
+def test_options_that_are_no_choice_are_refused(model, options):
+    with pytest.raises(DataError, match=r"two or more different texts, got .*: correct it"):
+        model.answer(["bad"], SHOTS, options=options)
+
+
+def test_options_beside_settings_of_generation_are_refused(model):
+    with pytest.raises(ConfigError, match="got num_beams, max_new_tokens too: leave out"):
+        model.answer(["bad"], SHOTS, options=["positive", "negative"], num_beams=2, max_new_tokens=3)
 
 
 def test_labels_give_the_loss_of_the_query_tokens(model):

@@ -20,7 +20,7 @@ from mend_hf import (
     register_pipelines,
 )
 from mend_hf.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.scoring import score_options
 
 SHOTS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive")]
 TASKS = [SHOTS, SHOTS[:1], [("bad film", "positive"), ("funny", "negative")]]

@@ -11,8 +11,8 @@ from mend_hf import Demonstration, MendCollator, MendConfig, MendModel, get_mend
 from mend_hf.caches import continue_inputs
 from mend_hf.data.few_shot import FewShotDataset
 from mend_hf.data.metaicl import load_tasks, sample_demonstrations
-from mend_hf.evaluation.scoring import score_options
 from mend_hf.losses import kd_loss
+from mend_hf.scoring import score_options
 
 pytestmark = pytest.mark.real
 

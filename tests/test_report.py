@@ -51,9 +51,9 @@ def keep(folder: Path, results: Results) -> Path:
 def test_a_report_has_every_table_in_every_format(results: Results, tmp_path: Path) -> None:
     tables = write_report({"cls": results, "qa": results}, tmp_path / "report", "in-context")
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"report.md", "report.tex", "results.json", "index.html", "scores.csv", "methods__cls.csv"} <= names
-    for picture in ("score_against_time", "score_against_demonstrations", "differences_0"):
-        assert {f"cls_{picture}.png", f"cls_{picture}.svg", f"qa_{picture}.png"} <= names
+    assert {"report.md", "report.tex", "results.json", "index.html", "scores.csv", "methods_cls.csv"} <= names
+    for picture in ("score_against_time", "score_against_demonstrations", "differences_mend"):
+        assert {f"cls_{picture}.png", f"cls_{picture}.svg", f"cls_{picture}_dark.svg", f"qa_{picture}.png"} <= names
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert all(f"## {title}\n" in markdown for title in tables)
     with (tmp_path / "report" / "scores.csv").open(newline="") as file:
@@ -71,13 +71,37 @@ def test_text_of_others_is_escaped(results: Results, tmp_path: Path) -> None:
     assert r"film\_<b>" in latex
     assert page.count("<img ") == 3
     assert page.index("<table>") < page.index("<img ") < page.index("<h2>Cost")
-    assert all((tmp_path / name.split('"')[0]).is_file() for name in page.split('src="')[1:])
+    shown = [name.split('"')[0] for word in ('src="', 'srcset="') for name in page.split(word)[1:]]
+    assert len(shown) == 6
+    assert all((tmp_path / name).is_file() for name in shown)
+
+
+def test_the_page_says_what_its_results_and_pictures_are_of(results: Results, tmp_path: Path) -> None:
+    write_report({"cls": results}, tmp_path, "in-context")
+    page = (tmp_path / "index.html").read_text()
+    assert "<p>2 tasks; demonstrations: 2, 4; queries a task: 1; seeds: 1, 2</p>" in page
+    assert 'alt="MEND less in-context, task by task"' in page
+    light, dark = ((tmp_path / f"cls_differences_mend{look}.svg").read_text() for look in ("", "_dark"))
+    assert "#e8e8e8" in dark
+    assert "#e8e8e8" not in light
+
+
+def test_what_too_few_results_cannot_tell_is_left_empty(results: Results) -> None:
+    one = [row for row in results if (row.task, row.seed, row.num_demonstrations) == ("film_<b>", 1, 2)]
+    assert [row[1:5] for row in make_tables({"a": one}, "in-context")["Methods"][1:]] == [
+        ["41.0", "", "", ""],
+        ["61.0", "", "", ""],
+    ]
+    assert difference_rows(one, "in-context")[1] == ["MEND", "+20.0", "", "", "1"]
+    two_tasks = [row for row in results if row.num_demonstrations == 2]
+    assert all(difference_rows(two_tasks, "in-context")[1])
 
 
 def test_what_stands_under_a_picture_of_differences_fits_into_it(results: Results) -> None:
     named = [replace(one, method="training-free anchors") if one.method == "MEND" else one for one in results]
     named = [replace(one, task=f"{one.task} of a rather long name") for one in named]
-    figure = plots._plot_differences(named, "training-free anchors", "in-context")
+    method, against = "training-free anchors", "in-context"
+    figure = plots._plot_differences(plots._take_differences(named, method, against), method, against, 20.0)
     figure.canvas.draw()
     text = figure.axes[0].xaxis.label.get_window_extent()
     assert 0 <= text.x0 < text.x1 <= figure.bbox.width

@@ -33,6 +33,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", LINES + b'\n{"text": "cut', r"a\.jsonl:4: .*mend or remove the line"),
+        ("a.jsonl", b'{"a": "b" 1}\n', r"a\.jsonl:1: .*no JSON \(Expecting ',' delimiter at column 11\): mend or"),
+        ("a.jsonl", b'{"a": "b\n', r"got text that is no JSON \(Unterminated string starting at column 7\): mend or"),
+        ("a.jsonl", b'{"a": 1,\n', r"got text that is no JSON \(.* at column 9\): mend or remove the line"),
+        ("a.jsonl", b'{"a": "\xff"}', r"no JSON \('utf-8' codec can't decode .*\): mend or remove the line"),
         ("a.jsonl", b"[1, 2]", r"a\.jsonl:1: .*got list: mend or remove the line"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:-4], r"a\.jsonl\.zst, got a truncated one: fetch it again"),
         ("a.jsonl.zst", b"", r"a\.jsonl\.zst, got a truncated one: fetch it again"),
@@ -51,6 +55,13 @@ def test_a_broken_file_is_named_with_its_place(tmp_path: Path, name: str, conten
 def test_a_missing_source_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"{re.escape(str(tmp_path / name))}.*check the path"):
         load_hub_splits(tmp_path / name)
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_said_to_be_in_neither_place(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a file nor a folder here and which `datasets` cannot load"):
+        load_hub_splits(tmp_path / "none")
+    with pytest.raises(DataError, match="is a folder here and which `datasets` cannot load"):
+        load_hub_splits(tmp_path)
 
 
 def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from mend_hf import Demonstration, MendConfig, get_mend_model
 from mend_hf.errors import DataError, ShapeError
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.scoring import score_options
 
 DEMONSTRATIONS = [("great film", "positive"), ("a bore", "negative"), ("good food", "positive")]
 QUERIES = ["moving and funny", "bad", "the film was good and the food was not"]
@@ -73,7 +73,7 @@ def test_in_context_scores_equal_the_obvious_loop(model, bare):
 
 
 def test_many_options_are_read_in_parts_that_equal_the_obvious_loop(model, bare, monkeypatch):
-    monkeypatch.setattr("mend_hf.evaluation.scoring.OPTIONS_PER_QUERY", 1)
+    monkeypatch.setattr("mend_hf.scoring.OPTIONS_PER_QUERY", 1)
     prefix = model.read(DEMONSTRATIONS).prefix
     assert_close(score_options(model, QUERIES, OPTIONS, prefix), score_slowly(model, bare, DEMONSTRATIONS))
 

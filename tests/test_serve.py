@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import model_options
 import pytest
 import uvicorn
 from serve import create_app
@@ -18,6 +22,7 @@ from tiny_models import wrap_tiny_model
 
 from mend_hf import DemonstrationStore, MendModel
 
+SCRIPT = Path(__file__).parents[1] / "examples" / "serve.py"
 FILMS = [["great film", "positive"], ["a bore", "negative"]]
 FOOD = [["good food", "negative"], ["bad film", "positive"], ["funny", "negative"]]
 QUERIES = ["moving and funny", "dull"]
@@ -150,17 +155,21 @@ def test_an_unknown_id_is_not_found(client, name):
         client.get("/stream", params={"id": name, "query": QUERIES[0]}),
     ):
         assert response.status_code == 404
+        assert "a name in the folder" in response.json()["detail"]
         assert "POST /demonstrations" in response.json()["detail"]
 
 
-def test_what_cannot_be_distilled_or_answered_is_refused_with_the_remedy(client):
+def test_a_name_in_the_folder_is_an_id_too(model, tmp_path):
+    films = model.distill(pairs(FILMS))
+    DemonstrationStore(tmp_path).add("films", films)
+    with serving(model, tmp_path) as address, httpx.Client(base_url=address, timeout=60) as client:
+        assert ask(client, id="films") == model.answer(QUERIES, films)
+
+
+def test_what_cannot_be_distilled_is_refused_with_the_remedy(client):
     response = client.post("/demonstrations", json={"demonstrations": []})
     assert response.status_code == 422
     assert "give one or more" in response.json()["detail"]
-    name = post_task(client)
-    response = client.post("/queries", json={"id": name, "queries": QUERIES, "options": []})
-    assert response.status_code == 422
-    assert "give every query its own" in response.json()["detail"]
 
 
 def test_a_query_beyond_the_positions_is_refused_before_a_stream_begins(client):
@@ -181,3 +190,56 @@ def test_a_body_of_another_form_is_refused_with_its_place(client, body):
     response = client.post("/demonstrations", json=body)
     assert response.status_code == 422
     assert response.json()["detail"][0]["loc"][0] == "body"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("option", ["positive"], "extra_forbidden"),
+        ("options", [], "too_short"),
+        ("queries", [], "too_short"),
+        ("queries", ["dull", ""], "string_too_short"),
+    ],
+)
+def test_a_query_of_another_form_is_refused_with_its_field(client, field, value, problem):
+    response = client.post("/queries", json={"id": post_task(client), "queries": QUERIES} | {field: value})
+    assert response.status_code == 422
+    (found,) = response.json()["detail"]
+    assert (found["loc"][:2], found["type"]) == (["body", field], problem)
+
+
+def test_demonstrations_with_an_unknown_field_are_refused(client):
+    response = client.post("/demonstrations", json={"demonstrations": FILMS, "name": "films"})
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["body", "name"]
+
+
+def test_an_empty_query_is_refused_before_a_stream_begins(client):
+    response = client.get("/stream", params={"id": post_task(client), "query": ""})
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["query", "query"]
+
+
+def test_the_root_leads_to_the_list_of_requests(client):
+    response = client.get("/")
+    assert response.status_code == 307
+    assert response.headers["location"] == "/docs"
+    assert client.get("/docs").status_code == 200
+
+
+def test_the_script_is_short():
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) < 80
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # uvicorn leaves the socket to the end of the process
+def test_a_taken_port_is_found_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    def load(*_: object) -> MendModel:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(model_options, "load_model", load)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--folder", str(tmp_path), "--port", port])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "in use" in capsys.readouterr().err

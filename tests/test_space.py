@@ -15,7 +15,7 @@ from tiny import load_tiny
 from mend_hf import Demonstration, DistilledDemonstrations, MendConfig, MendModel, get_mend_model
 from mend_hf.artifact import RECORD_NAME, WEIGHTS_NAME
 from mend_hf.errors import CheckpointError, DataError
-from mend_hf.evaluation.scoring import score_options
+from mend_hf.scoring import score_options
 
 ROOT = Path(__file__).parents[1]
 SHOTS = [Demonstration("great film", "good"), Demonstration("a bore", "bad"), Demonstration("fine", "good")]

@@ -41,6 +41,14 @@ def test_it_is_a_mapping_of_what_was_added(store, tmp_path):
     assert list(DemonstrationStore(tmp_path / "nothing")) == []
 
 
+def test_an_unknown_name_is_answered_with_the_nearest(store):
+    for ask in (store.__getitem__, store.remove):
+        with pytest.raises(KeyError, match=r"3 names .*got 'tusk-2' \(nearest: task-2, .*\): correct it, or add"):
+            ask("tusk-2")
+        with pytest.raises(DataError, match="got 'mails': correct it"):
+            ask("mails")
+
+
 def test_those_asked_for_last_are_held_within_the_budget(store):
     assert store.num_bytes == 0
     first = store["task-1"]

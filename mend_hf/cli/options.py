@@ -50,9 +50,10 @@ def load_base_of(
     """Return the base model that is asked for, else the one that the distiller names, and its tokenizer."""
     if distiller is None and base_model is None:
         raise ConfigError("Expected --distiller or --base-model, got neither: name a Hub id or a folder.")
-    if base_model is not None or distiller is None:
+    # A distiller that is not there is told before the base model takes its time.
+    config = None if distiller is None else MendConfig.from_pretrained(distiller)
+    if base_model is not None or config is None:
         return load_base_model(base_model, device, dtype)
-    config = MendConfig.from_pretrained(distiller)
     return load_base_model(config.base_model_name_or_path, device, dtype, config.base_model_revision)
 
 
@@ -102,9 +103,14 @@ def load_base_model(
     if dtype is None:  # on many CPUs, bfloat16 is many times slower
         dtype = "float32" if device == "cpu" else "auto"
     extra: dict[str, Any] = {} if revision is None else {"revision": revision}
+    given = name_or_path
     if name_or_path.endswith(".gguf"):
+        path = Path(name_or_path)
+        may_be_on_hub = not path.is_absolute() and len(path.parts) <= 3 and not path.parent.is_dir()
+        if not path.is_file() and not may_be_on_hub:
+            raise ConfigError(f"Expected a file at {path}, got none: check the path.")
         import_extra("gguf", "gguf")
-        name_or_path, extra["gguf_file"] = str(Path(name_or_path).parent), Path(name_or_path).name
+        name_or_path, extra["gguf_file"] = str(path.parent), path.name
     try:
         # The progress bars of reading a GGUF file know no other switch.
         with redirect_stderr(io.StringIO()) if "gguf_file" in extra else nullcontext():
@@ -112,7 +118,7 @@ def load_base_model(
             model = load_language_model(name_or_path, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Expected a base model in a folder or on the Hub, got {name_or_path!r}: {str(error).splitlines()[0]} "
+            f"Expected a base model in a folder or on the Hub, got {given!r}: {str(error).splitlines()[0]} "
             "Without the Hub, name a folder or a .gguf file with --base-model."
         ) from error
     return model.to(device), tokenizer
@@ -122,6 +128,11 @@ def load_demonstrations(path: Path) -> DistilledDemonstrations | list[tuple[str,
     """Return what a folder of `mend distill`, or a file of demonstrations, holds."""
     from mend_hf.artifact import DistilledDemonstrations
 
+    if not path.exists():
+        raise DataError(
+            f"Expected a file of demonstrations, or a folder that `mend distill` wrote, at {path}, got neither: check "
+            "the path."
+        )
     return DistilledDemonstrations.from_pretrained(path) if path.is_dir() else read_demonstrations(path)
 
 

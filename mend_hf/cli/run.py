@@ -154,10 +154,15 @@ def make_collator(
     changes: dict[str, Any] = (
         {} if max_demonstration_tokens is None else {"max_demonstration_tokens": max_demonstration_tokens}
     )
+    has_options = args.option_loss_weight > 0
     if not isinstance(model, MendModel):
-        return MendCollator(tokenizer, MendConfig(task_type=check_base_model(model), **changes))
+        return MendCollator(
+            tokenizer, MendConfig(task_type=check_base_model(model), **changes), with_options=has_options
+        )
     config = dataclasses.replace(model.mend_config, **changes)
-    return MendCollator(tokenizer, config, model.distiller_tokenizer, with_teacher=args.needs_teacher)
+    return MendCollator(
+        tokenizer, config, model.distiller_tokenizer, with_teacher=args.needs_teacher, with_options=has_options
+    )
 
 
 def train(

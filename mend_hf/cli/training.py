@@ -54,6 +54,10 @@ KdWeight = Annotated[
     float | None, typer.Option(help="Weight of the divergence from the teacher. Default: the recipe's.")
 ]
 NllWeight = Annotated[float | None, typer.Option(help="Weight of the targets' NLL. Default: the recipe's.")]
+OptionWeight = Annotated[
+    float | None,
+    typer.Option(help="Weight of choosing the target among a query's options. Default: the recipe's, which is 0."),
+]
 SaveSteps = Annotated[int, typer.Option(help="Optimizer steps between checkpoints (the last two are kept).", min=1)]
 ProbeRows = Annotated[
     int,
@@ -193,6 +197,10 @@ def finetune(
             "be repeated. Default: the distiller's.",
         ),
     ] = None,
+    option_loss_weight: OptionWeight = None,
+    max_options: Annotated[
+        int, typer.Option(help="Options of a query, the target among them, that its option loss compares.", min=2)
+    ] = 4,
     num_eval_tasks: Annotated[int, typer.Option(help="Training tasks held out to measure the loss on.", min=0)] = 0,
     eval_tasks: Annotated[
         str | None, typer.Option(help="Other tasks to measure the loss on, in place of held-out ones.")
@@ -239,6 +247,7 @@ def finetune(
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
             "save_steps": save_steps, "seed": seed, "report_to": report_to,
             "train_sampling_strategy": "group_by_length" if group_by_length else None,
+            "option_loss_weight": option_loss_weight,
             "load_best_model_at_end": has_evaluation and load_best_model_at_end is not False,
         },
         arguments,
@@ -251,6 +260,7 @@ def finetune(
     shape: dict[str, Any] = {
         "num_demonstrations": _parse_range(num_demonstrations),
         "queries_per_demonstrations": queries_per_demonstrations,
+        "max_options": max_options,
     }
     rows = FewShotDataset(
         train_examples,
@@ -281,13 +291,15 @@ def _load_sides(
     source: str, partition: str | None, eval_source: str | None, num_eval_tasks: int, seed: int
 ) -> tuple[Tasks, Tasks]:
     """Return the tasks to train on, and those to measure the loss on: neither a test task nor one of the first."""
-    from mend_hf.data.metaicl import load_tasks
+    from mend_hf.data.metaicl import check_test_names, load_tasks
     from mend_hf.data.partition import check_disjoint, hold_out_tasks, load_partition
 
     if eval_source and num_eval_tasks:
         raise ConfigError("Expected --num-eval-tasks or --eval-tasks, got both: leave one out.")
     sides = load_partition(partition) if partition else None
     test_tasks = sides.test if sides else ()
+    if sides:
+        check_test_names(source, sides.test, training=sides.train)
     train_side = load_tasks(source, split="train", tasks=sides.train if sides else None)
     if eval_source:
         held_out = load_tasks(eval_source, split="train")

@@ -16,12 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mend_hf.config import MendConfig
+from mend_hf.data.rows import is_list_of_text
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.demonstrations import Demonstration, EncodedTask, parse_demonstrations
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.losses import IGNORE_INDEX
 from mend_hf.prompt_encoder import PromptEncoder
 from mend_hf.prompt_format import change_prompt_format
+
+_Sequences = list[tuple[list[int], list[int]]]  # ids and labels
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class MendCollator:
         config: Of the distiller: prompt format and budgets.
         distiller_tokenizer: Of a separate distiller; None: the base model's.
         with_teacher: Add the teacher's columns; the stock Trainer, which has no teacher, needs False.
-        max_target_tokens: Longer targets lose their end.
+        with_options: Add the options that are wrong, for the option loss; every row then needs `options`, a list of
+            strings, or, where `query` is a list, one list a query. An empty list: any text may be the answer.
+        max_target_tokens: Longer targets and options lose their end.
         max_teacher_tokens: Demonstration tokens that the teacher reads; None: as many as the distiller, which under
             `concat` and `recurrent` means all of them.
     """
@@ -69,11 +74,13 @@ class MendCollator:
         distiller_tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         with_teacher: bool = True,
+        with_options: bool = False,
         max_target_tokens: int = 256,
         max_teacher_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.with_teacher = with_teacher
+        self.with_options = with_options
         self.max_target_tokens = max_target_tokens
         self._config = config
         self._distiller_tokenizer = distiller_tokenizer or tokenizer
@@ -91,17 +98,18 @@ class MendCollator:
             labels on the target. For an encoder-decoder: the query in (B, T) and the target in `labels` (B, A), both
             padded on the right.
 
+            With options, `option_input_ids`, `option_attention_mask`, `option_labels` and `option_query_rows` (O,):
+            each query again with every option that is not its target, and which of the B queries it is.
+
         Raises:
             DataError: A row is malformed; the message names it.
         """
-        encoded, teacher, queries, labels, task_rows = [], [], [], [], []
+        encoded, teacher, task_rows = [], [], []
+        queries: _Sequences = []
+        wrong: _Sequences = []
+        wrong_rows = []
         for index, row in enumerate(rows):
-            missing = [name for name in ("demonstrations", "query", "target") if name not in row]
-            if missing:
-                raise DataError(
-                    f"Row {index}: expected demonstrations, query and target, got no {', '.join(missing)}: rename the "
-                    "columns, and set remove_unused_columns=False in the training arguments."
-                )
+            _check_columns(row, index, self.with_options)
             tasks, is_batch = parse_demonstrations(row["demonstrations"])
             if is_batch:
                 raise DataError(
@@ -114,17 +122,18 @@ class MendCollator:
             encoded.append(student_task)
             teacher.append(teacher_task)
             is_plain_text = demonstrations[0].output is None
-            for query, target in _pair_up(row["query"], row["target"], index):
-                ids, label = self._encode_query(prompts.student, query, target, is_plain_text)
-                queries.append(ids)
-                labels.append(label)
+            pairs = _pair_up(row["query"], row["target"], index)
+            options = _list_options(row, len(pairs), index) if self.with_options else [()] * len(pairs)
+            for (query, target), choices in zip(pairs, options, strict=True):
+                others = [choice for choice in choices if choice != target]
+                wrong += [self._encode_query(prompts.student, query, other, is_plain_text) for other in others]
+                wrong_rows += [len(queries)] * len(others)
+                queries.append(self._encode_query(prompts.student, query, target, is_plain_text))
                 task_rows.append(index)
         prompt = self._prompts.student
         batch = DemonstrationBatch.from_tasks(encoded, self._prompts.distiller.pad_token_id)
         columns = {
-            "input_ids": prompt.pad(queries, prompt.pad_token_id),
-            "attention_mask": prompt.pad([[1] * len(ids) for ids in queries], 0),
-            "labels": prompt.pad(labels, IGNORE_INDEX),
+            **_pad_sequences(prompt, queries, ""),
             "query_task_rows": torch.tensor(task_rows),
             "demo_input_ids": batch.input_ids,
             "demo_attention_mask": batch.attention_mask,
@@ -134,6 +143,10 @@ class MendCollator:
         if self.with_teacher:
             texts = DemonstrationBatch.from_tasks(teacher, prompt.pad_token_id)
             columns |= {"teacher_input_ids": texts.input_ids, "teacher_attention_mask": texts.attention_mask}
+        if self.with_options:
+            columns |= _pad_sequences(prompt, wrong, "option_") | {
+                "option_query_rows": torch.tensor(wrong_rows).long()
+            }
         return columns
 
     def _make_prompts(self, config: MendConfig) -> _Prompts:
@@ -186,6 +199,44 @@ def _encode_demonstrations(prompts: _Prompts, demonstrations: list[Demonstration
         student = prompts.distiller.encode_demonstrations(demonstrations[:num_read], warn=False)
         teacher = prompts.teacher.encode_demonstrations(demonstrations[:num_read], warn=False)
     return student, teacher
+
+
+def _check_columns(row: Mapping[str, Any], index: int, with_options: bool) -> None:
+    missing = [name for name in ("demonstrations", "query", "target") if name not in row]
+    if missing:
+        raise DataError(
+            f"Row {index}: expected demonstrations, query and target, got no {', '.join(missing)}: rename the "
+            "columns, and set remove_unused_columns=False in the training arguments."
+        )
+    if with_options and "options" not in row:
+        raise DataError(
+            f"Row {index}: expected options beside the query because option_loss_weight is above 0, got only "
+            f"{', '.join(row)}: add them, an empty list where any text may be the answer, or set the weight to 0."
+        )
+
+
+def _list_options(row: Mapping[str, Any], num_queries: int, index: int) -> list[Sequence[str]]:
+    """Return the options of each of a row's queries."""
+    options = [row["options"]] if isinstance(row["query"], str) else row["options"]
+    are_lists = isinstance(options, list | tuple) and all(isinstance(choices, list | tuple) for choices in options)
+    if not are_lists or len(options) != num_queries or not all(is_list_of_text([*choices]) for choices in options):
+        raise DataError(
+            f"Row {index}: expected options as a list of strings, or, for {num_queries} queries, as so many lists, "
+            f"got {row['options']!r}."
+        )
+    return list(options)
+
+
+def _pad_sequences(prompt: PromptEncoder, sequences: _Sequences, name: str) -> dict[str, Tensor]:
+    """Return ids, mask and labels as columns; of no sequences, columns of no rows."""
+    ids, labels = [ids for ids, _ in sequences], [labels for _, labels in sequences]
+    columns = {
+        "input_ids": (ids, prompt.pad_token_id),
+        "attention_mask": ([[1] * len(row) for row in ids], 0),
+        "labels": (labels, IGNORE_INDEX),
+    }
+    nothing = torch.zeros(0, 0, dtype=torch.long)
+    return {name + column: prompt.pad(*values) if sequences else nothing for column, values in columns.items()}
 
 
 def _pair_up(query: Any, target: Any, index: int) -> list[tuple[str, str]]:

@@ -60,6 +60,8 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         tasks: Examples by task name. A task with too few for one row is left out with a warning.
         num_demonstrations: In a row; (low, high): drawn anew for every row, both ends included.
         queries_per_demonstrations: If more than 1, `query` and `target` are lists, and `options` is a list of lists.
+        max_options: Of more options than these, the target and some others are kept, drawn anew for every query; None:
+            all are.
         num_rows: Length of the data set.
         seed: Fixes the rows.
         mixing: How often a task is drawn: every one as often as every other, in proportion to its examples, or
@@ -86,6 +88,7 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         *,
         num_demonstrations: int | tuple[int, int] = 16,
         queries_per_demonstrations: int = 1,
+        max_options: int | None = None,
         num_rows: int,
         seed: int,
         mixing: Mixing = "uniform",
@@ -96,11 +99,15 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         prompt_formats: Sequence[FormatChoice] = (),
     ) -> None:
         low, high = (num_demonstrations,) * 2 if isinstance(num_demonstrations, int) else num_demonstrations
-        if not 1 <= low <= high or queries_per_demonstrations < 1 or num_rows < 1:
+        for name, number in (("num_rows", num_rows), ("queries_per_demonstrations", queries_per_demonstrations)):
+            if number < 1:
+                raise ConfigError(f"Expected {name} of 1 or more, got {number}: raise it.")
+        if min(low, high) < 1:
+            raise ConfigError(f"Expected num_demonstrations of 1 or more, got {num_demonstrations}: raise it.")
+        if low > high:
             raise ConfigError(
-                "Expected 1 or more rows, queries and demonstrations, got "
-                f"num_rows={num_rows}, queries_per_demonstrations={queries_per_demonstrations}, "
-                f"num_demonstrations={num_demonstrations}: raise them, and give a range as (low, high)."
+                f"Expected num_demonstrations with the lower end first, got {num_demonstrations}: give a range as "
+                f"(low, high), here ({high}, {low})."
             )
         if min(permute_labels, symbol_labels) < 0 or permute_labels + symbol_labels > 1:
             raise ConfigError(
@@ -108,7 +115,10 @@ class FewShotDataset(Dataset[dict[str, Any]]):
                 f"permute_labels={permute_labels}, symbol_labels={symbol_labels}: lower one."
             )
         self.num_demonstrations = (low, high)
+        if max_options is not None and max_options < 2:
+            raise ConfigError(f"Expected max_options of 2 or more, or None for all, got {max_options}.")
         self.queries_per_demonstrations = queries_per_demonstrations
+        self.max_options = max_options
         self.num_rows = num_rows
         self.seed = seed
         self.balance_queries = balance_queries
@@ -161,10 +171,11 @@ class FewShotDataset(Dataset[dict[str, Any]]):
         chance = rng.random()
         if chance < self.permute_labels + self.symbol_labels:
             picked = _rename_labels(picked, rng, with_symbols=chance >= self.permute_labels)
+        option_rng = random.Random(f"{self.seed}:{index}:options")
         queries: dict[str, list[Any]] = {
             "query": [example.input for example in picked[k:]],
             "target": [example.output for example in picked[k:]],
-            "options": [list(example.options) for example in picked[k:]],
+            "options": [self._draw_options(example, option_rng) for example in picked[k:]],
         }
         single = num_queries == 1
         return {
@@ -173,6 +184,13 @@ class FewShotDataset(Dataset[dict[str, Any]]):
             **{column: values[0] if single else values for column, values in queries.items()},
             **({"prompt_format": rng.choice(self.prompt_formats)} if self.prompt_formats else {}),
         }
+
+    def _draw_options(self, example: Example, rng: random.Random) -> list[str]:
+        if self.max_options is None or len(example.options) <= self.max_options:
+            return list(example.options)
+        others = [option for option in example.options if option != example.output]
+        kept = {example.output, *rng.sample(others, self.max_options - 1)}
+        return [option for option in example.options if option in kept]
 
     def _draw_task(self, rng: random.Random) -> str:
         if self._cumulative_weights is None:

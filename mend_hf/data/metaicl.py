@@ -87,6 +87,30 @@ def check_sides(train: Mapping[str, Sequence[Example]], test: Mapping[str, Seque
         )
 
 
+def check_test_names(name_or_path: str | Path, names: Collection[str], *, training: Collection[str]) -> None:
+    """Refuse names of test tasks that a folder of task files, or a table, does not have.
+
+    Test tasks may as well live elsewhere: where training tasks are the only ones with a test side, as in a folder of
+    files `TASK.train.jsonl` alone, every name passes; and so it does for a data set on the Hub, which is not asked.
+
+    Args:
+        name_or_path: As for `load_tasks`; of files in a folder only the names are read.
+        names: Of the test tasks.
+        training: Names of the training tasks.
+
+    Raises:
+        DataError: A name is not known.
+    """
+    path = Path(name_or_path)
+    known: Collection[str] = ()
+    if path.is_dir():
+        known = _find_task_files(path, "test")
+    elif path.is_file():
+        known = {_get_task(row, place) for place, row in read_rows(path) if row.get("split") == "test"}
+    if not set(known) <= set(training):
+        _check_known(set(names), known, "test", path)
+
+
 def sample_demonstrations(examples: Sequence[Example], k: int, seed: int) -> list[Example]:
     """Return k examples that the seed fixes; a smaller k gives the first of those that a larger one gives.
 
@@ -143,12 +167,21 @@ def _group_by_task(
     # Dictionaries as ordered sets: a row repeated for another seed is the same example.
     groups: dict[str, dict[Example, None]] = {}
     for place, row in rows:
-        task = get_text(row, "task", place)
+        task = _get_task(row, place)
         group = groups.setdefault(task, {})
         if wanted is None or task in wanted:
             group[_parse_example(place, row, task, on_missing_gold)] = None
     _check_known(wanted, groups, split, source)
     return {task: list(groups[task]) for task in sorted(groups if wanted is None else wanted)}
+
+
+def _get_task(row: Row, place: str) -> str:
+    if "task" not in row:
+        raise DataError(
+            f"{place}: expected a field 'task', got only {', '.join(map(repr, row))}: add or rename it, or let the "
+            "files' names tell the task: name a folder of TASK.train.jsonl and TASK.test.jsonl."
+        )
+    return get_text(row, "task", place)
 
 
 def _check_known(wanted: set[str] | None, known: Collection[str], split: str, source: str | Path) -> None:

@@ -60,8 +60,9 @@ def load_partition(name_or_path: str | Path) -> Partition:
     try:
         sides = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
+        got = f"text that is no JSON ({error})" if isinstance(error, ValueError) else str(error)
         raise DataError(
-            f"Expected a JSON partition file at {path}, got {error}: check the path and the file."
+            f"Expected a JSON partition file at {path}, got {got}: check the path and the file."
         ) from error
     if not isinstance(sides, dict) or not all(is_list_of_text(sides.get(side)) for side in ("train", "test")):
         raise DataError(f'Expected {{"train": [...], "test": [...]}} in {path}, got something else: write both lists.')

@@ -57,9 +57,10 @@ def load_hub_splits(name: str | Path, **hub: Any) -> Mapping[str, Iterable[Row]]
     try:
         return datasets.load_dataset(str(name), **hub)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        what = "a folder here" if Path(name).is_dir() else "neither a file nor a folder here"
         raise DataError(
-            f"Expected a file, a folder or a Hub data set, got {str(name)!r}, which `datasets` cannot load ({error}): "
-            "check the path or the Hub id, and the network."
+            f"Expected a file, a folder or a Hub data set, got {str(name)!r}, which is {what} and which `datasets` "
+            f"cannot load ({error}): check the path or the Hub id, and the network."
         ) from error
 
 
@@ -95,9 +96,14 @@ def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except ValueError as error:
-            raise DataError(f"{place}: expected a JSON object, got {error}: mend or remove the line.") from error
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            raise DataError(
+                f"{place}: expected a JSON object, got text that is no JSON ({reason}): mend or remove the line."
+            ) from error
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}: mend or remove the line.")
         yield place, row

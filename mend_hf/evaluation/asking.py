@@ -17,9 +17,9 @@ from mend_hf.evaluation.costs import count_flops
 from mend_hf.evaluation.metrics import compute_metric
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.evaluation.results import ResultKey, Scoring, TaskResult
-from mend_hf.evaluation.scoring import batch_by_length
 from mend_hf.evaluation.variations import in_format_of
 from mend_hf.model import MendModel
+from mend_hf.scoring import batch_by_length
 
 
 @dataclass(frozen=True, kw_only=True)

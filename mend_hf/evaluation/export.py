@@ -12,8 +12,16 @@ from statistics import fmean
 from jinja2 import Environment
 
 from mend_hf.errors import DataError, import_extra
-from mend_hf.evaluation.plots import plot_results
-from mend_hf.evaluation.report import cost_rows, group_results, method_rows, summarise, task_rows, to_markdown
+from mend_hf.evaluation.plots import name_file, plot_results
+from mend_hf.evaluation.report import (
+    cost_rows,
+    group_results,
+    method_rows,
+    show_interval,
+    summarise,
+    task_rows,
+    to_markdown,
+)
 from mend_hf.evaluation.results import TaskResult
 from mend_hf.evaluation.statistics import compare_paired
 from mend_hf.files import write_folder, write_json
@@ -74,10 +82,11 @@ def difference_rows(results: Sequence[TaskResult], against: str) -> Rows:
             compared = compare_paired(own, other)
         except DataError:
             continue
-        low, high = 100 * compared.interval.low, 100 * compared.interval.high
+        interval = show_interval(compared.interval, compared.num_pairs, sign="+")
         p_value = "< 0.001" if compared.p_value < 0.001 else f"{compared.p_value:.3f}"
-        cells = [f"{100 * compared.difference:+.1f}", f"{low:+.1f} to {high:+.1f}", p_value, str(compared.num_tasks)]
-        rows.append([label, *cells])
+        if compared.num_tasks == 1:  # no signs of tasks to permute
+            p_value = ""
+        rows.append([label, f"{100 * compared.difference:+.1f}", interval, p_value, str(compared.num_tasks)])
     return rows
 
 
@@ -85,7 +94,7 @@ def write_report(groups: Groups, folder: Path, against: str) -> dict[str, Rows]:
     """Write a report into a folder, and return its tables.
 
     `report.md`, `report.tex`, a CSV file for every table, `results.json`, pictures as PNG and SVG, and `index.html`,
-    which opens from the file system with the pictures beside it.
+    which opens from the file system with the pictures beside it, in light and dark.
 
     Raises:
         DataError: There are no results.
@@ -97,18 +106,19 @@ def write_report(groups: Groups, folder: Path, against: str) -> dict[str, Rows]:
         (temporary / "report.md").write_text("\n".join(markdown), encoding="utf-8")
         (temporary / "report.tex").write_text(_to_latex(tables), encoding="utf-8")
         for title, rows in tables.items():
-            with (temporary / f"{_file_name(title)}.csv").open("w", encoding="utf-8", newline="") as file:
+            with (temporary / f"{name_file(title)}.csv").open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows(rows)
         plain = {name: [dataclasses.asdict(result) for result in own] for name, own in groups.items()}
         write_json(temporary / "results.json", plain)
-        pictures = {}
+        pictures: dict[str, dict[str, str]] = {}
         for place, (name, own) in enumerate(groups.items()):
-            names = plot_results(own, temporary / f".{place}", against)
+            titles = plot_results(own, temporary / f".{place}", against)
             for picture in sorted((temporary / f".{place}").iterdir()):
-                picture.rename(temporary / f"{_file_name(name)}_{picture.name}")
+                picture.rename(temporary / f"{name_file(name)}_{picture.name}")
             (temporary / f".{place}").rmdir()
-            pictures[name] = [f"{_file_name(name)}_{picture}" for picture in names]
-        (temporary / "index.html").write_text(_to_html(tables, pictures), encoding="utf-8")
+            pictures[name] = {f"{name_file(name)}_{picture}": title for picture, title in titles.items()}
+        facts = {name: describe(own) for name, own in groups.items()}
+        (temporary / "index.html").write_text(_to_html(tables, pictures, facts), encoding="utf-8")
     return tables
 
 
@@ -127,10 +137,19 @@ def _escape(text: str) -> str:
     return "".join(f"\\{letter}" if letter in "_%&#$" else letter for letter in text)
 
 
-def _to_html(tables: Mapping[str, Rows], pictures: Mapping[str, list[str]]) -> str:
+def describe(results: Sequence[TaskResult]) -> str:
+    """Return in one line what results are of: tasks, demonstrations, seeds and queries."""
+    tasks = len({result.task for result in results})
+    shots = ", ".join(map(str, sorted({result.num_demonstrations for result in results})))
+    seeds = sorted({result.seed for result in results})
+    queries = sorted({result.num_queries for result in results})
+    asked = f"{queries[0]}" if len(queries) == 1 else f"{queries[0]} to {queries[-1]}"
+    return (
+        f"{tasks} task{'s' if tasks > 1 else ''}; demonstrations: {shots}; queries a task: {asked}; "
+        f"seeds: {', '.join(map(str, seeds))}"
+    )
+
+
+def _to_html(tables: Mapping[str, Rows], pictures: Mapping[str, Mapping[str, str]], facts: Mapping[str, str]) -> str:
     template = files("mend_hf").joinpath("evaluation/report.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True).from_string(template).render(tables=tables, pictures=pictures)
-
-
-def _file_name(title: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in title).strip("_").lower()
+    return Environment(autoescape=True).from_string(template).render(tables=tables, pictures=pictures, facts=facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import torch
@@ -134,6 +135,15 @@ def pick_methods(names: Sequence[str]) -> dict[str, Method]:
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        known, got = (", ".join(map(repr, names)) for names in (METHODS, unknown))
-        raise ConfigError(f"Expected methods among {known}, got {got}: correct the names, capitals too.")
+        known, got = ", ".join(map(repr, METHODS)), ", ".join(map(_ask_back, unknown))
+        raise ConfigError(
+            f"Expected the names of methods, got {got}, not among {known}: correct the names, capitals too."
+        )
     return {name: METHODS[name] for name in names}
+
+
+def _ask_back(name: str) -> str:
+    """Return a wrong name with the nearest method's, in whatever capitals, if one is near."""
+    known = {method.lower(): method for method in METHODS}
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"{name!r} (did you mean {known[near[0]]!r}?)" if near else repr(name)

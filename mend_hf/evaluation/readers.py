@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from mend_hf.demonstrations import Demonstration
-from mend_hf.evaluation.scoring import batch_by_length, score_options
 from mend_hf.model import MendModel
 from mend_hf.prefix import Prefix
+from mend_hf.scoring import batch_by_length, score_options
 
 Demonstrations = Sequence[Demonstration]
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from mend_hf.evaluation.results import TaskResult
 from mend_hf.evaluation.statistics import Interval, bootstrap_interval, make_table
 
+_TERMINAL_WIDTH = 80
 READ_AGAIN = "in-context"  # what a distilled prefix has to pay off against
 
 
@@ -28,6 +29,8 @@ class MethodSummary:
         interval: Of the score, over tasks and seeds.
         worst_seed: The lowest of the seeds' means over tasks.
         spread: Standard deviation of the seeds' means over tasks.
+        num_seeds: How many there are.
+        num_results: Of all tasks and seeds.
         prefix_slots: Mean.
         prefix_bytes: Mean.
         milliseconds_per_query: Mean of the tasks' medians.
@@ -41,6 +44,8 @@ class MethodSummary:
     interval: Interval
     worst_seed: float
     spread: float
+    num_seeds: int
+    num_results: int
     prefix_slots: float
     prefix_bytes: float
     milliseconds_per_query: float
@@ -82,6 +87,8 @@ def summarise(results: Sequence[TaskResult]) -> list[MethodSummary]:
                 interval=bootstrap_interval(make_table(own)),
                 worst_seed=min(seeds),
                 spread=pstdev(seeds),
+                num_seeds=len(seeds),
+                num_results=len(own),
                 prefix_slots=fmean(r.prefix_slots for r in own),
                 prefix_bytes=fmean(r.prefix_bytes for r in own),
                 milliseconds_per_query=fmean(r.milliseconds_per_query for r in own),
@@ -122,21 +129,31 @@ def queries_to_pay_off(
 
 
 def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
-    """Return a heading and one row a method; scores in points of 100."""
+    """Return a heading and one row a method; scores in points of 100.
+
+    What one seed, or fewer than three results, cannot tell is left empty.
+    """
     rows = [["method", "score", "95 %", "worst seed", "spread", "slots", "ms a query"]]
     for summary in summaries:
         rows.append(
             [
                 summary.method,
                 f"{100 * summary.score:.1f}",
-                f"{100 * summary.interval.low:.1f} to {100 * summary.interval.high:.1f}",
-                f"{100 * summary.worst_seed:.1f}",
-                f"{100 * summary.spread:.1f}",
+                show_interval(summary.interval, summary.num_results),
+                f"{100 * summary.worst_seed:.1f}" if summary.num_seeds > 1 else "",
+                f"{100 * summary.spread:.1f}" if summary.num_seeds > 1 else "",
                 f"{summary.prefix_slots:.0f}",
                 f"{summary.milliseconds_per_query:.0f}",
             ]
         )
     return rows
+
+
+def show_interval(interval: Interval, num_results: int, sign: str = "") -> str:
+    """Return an interval in points of 100; nothing where it was resampled from fewer than three results."""
+    if num_results < 3:
+        return ""
+    return f"{100 * interval.low:{sign}.1f} to {100 * interval.high:{sign}.1f}"
 
 
 def cost_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
@@ -196,16 +213,22 @@ def to_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def split_methods(rows: Sequence[Sequence[str]], num_at_once: int = 6, num_fixed: int = 2) -> list[list[list[str]]]:
-    """Return the tables of `task_rows` with a few methods each, so that every one fits a terminal.
+def split_methods(rows: Sequence[Sequence[str]], num_fixed: int = 2) -> list[list[list[str]]]:
+    """Return the tables of `task_rows` with as many methods each as fit in 80 columns beside the longest name.
 
     Args:
         rows: The first is the header.
-        num_at_once: Methods of a table.
         num_fixed: Columns before the first method, which every table has.
     """
-    starts = range(num_fixed, len(rows[0]), num_at_once)
-    return [[[*row[:num_fixed], *row[start : start + num_at_once]] for row in rows] for start in starts]
+    console = Console(width=1000)
+    parts: list[list[list[str]]] = []
+    for place in range(num_fixed, len(rows[0])):
+        wider = [[*row, full[place]] for row, full in zip(parts[-1], rows, strict=True)] if parts else []
+        if not parts or console.measure(to_table(wider)).maximum > _TERMINAL_WIDTH:
+            parts.append([[*row[:num_fixed], row[place]] for row in rows])
+        else:
+            parts[-1] = wider
+    return parts
 
 
 def print_tables(results: Sequence[TaskResult], console: Console) -> None:

@@ -40,12 +40,14 @@ class PairedComparison:
         p_value: How often a difference as large comes about when both are equal and chance alone decides which one is
             ahead on a task.
         num_tasks: How many tasks both have.
+        num_pairs: How many results, of a task with a seed, both have.
     """
 
     difference: float
     interval: Interval
     p_value: float
     num_tasks: int
+    num_pairs: int
 
 
 def bootstrap_interval(scores: Scores, *, seed: int = 0) -> Interval:
@@ -109,7 +111,7 @@ def compare_paired(own: Sequence[TaskResult], other: Sequence[TaskResult]) -> Pa
         table[tasks[result.task], seeds[result.seed]] -= others[result.task, result.seed]
     differences = np.nanmean(table, axis=1)
     p_value = _permute_signs(differences) if len(differences) > 1 else 1.0
-    return PairedComparison(float(differences.mean()), bootstrap_interval(table), p_value, len(tasks))
+    return PairedComparison(float(differences.mean()), bootstrap_interval(table), p_value, len(tasks), len(pairs))
 
 
 def _permute_signs(differences: Scores) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, DynamicCache
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from mend_hf.architectures import CACHE_NAME, get_sliding_window, holds_prefix_in_cache, reads_padding
@@ -19,17 +20,40 @@ from mend_hf.caches import continue_inputs
 from mend_hf.errors import DataError, ShapeError
 from mend_hf.guards import check_positions
 from mend_hf.losses import IGNORE_INDEX
-from mend_hf.model import MendModel
 from mend_hf.prefix import KeyValuePrefix, Prefix, position_inputs, positions_of
 from mend_hf.prompt_encoder import PromptEncoder
+from mend_hf.routes.base import Route
 from mend_hf.routes.encoder import EncoderRoute
 
 OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
 
 
+class OptionReader(Protocol):
+    """What of a `MendModel`, which stands above this module, reads queries and options."""
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The frozen language model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    def prompt(self) -> PromptEncoder:
+        """Its prompt format."""
+
+    @property
+    def route(self) -> Route:
+        """How a prefix gets into it."""
+
+    def tokenize(self, queries: str | Sequence[str], *, is_alone: bool = False) -> BatchEncoding:
+        """Return queries in the prompt format."""
+
+
 @torch.no_grad()
 def score_options(
-    model: MendModel,
+    model: OptionReader,
     queries: Sequence[str],
     options: Sequence[Sequence[str]],
     prefix: Prefix | None = None,
@@ -67,7 +91,7 @@ def score_options(
     return scores
 
 
-def batch_by_length(model: MendModel, queries: Sequence[str], batch_size: int) -> list[list[int]]:
+def batch_by_length(model: OptionReader, queries: Sequence[str], batch_size: int) -> list[list[int]]:
     """Return the queries' indices in batches of similar length, the longest first.
 
     A batch holds one length only where the base model has a sliding window, which padding would use up, or where it
@@ -90,7 +114,7 @@ def _check_options(queries: Sequence[str], options: Sequence[Sequence[str]]) -> 
 
 
 def _score_batch(
-    model: MendModel, queries: list[str], options: list[Sequence[str]], prefix: Prefix | None
+    model: OptionReader, queries: list[str], options: list[Sequence[str]], prefix: Prefix | None
 ) -> list[list[float]]:
     encoding = model.tokenize(queries, is_alone=prefix is None)
     mask = encoding["attention_mask"]
@@ -108,11 +132,12 @@ def _score_batch(
     whole = torch.cat([mask, mask.new_ones(len(queries), longest - 1)], dim=1)
     if not isinstance(prefix, KeyValuePrefix):
         check_positions(model.base_model, whole, whole.new_zeros(1))
-        inputs = {"attention_mask": mask, "use_cache": True} | position_inputs(model.base_model, positions_of(mask))
+        inputs = {"attention_mask": mask} | position_inputs(model.base_model, positions_of(mask))
     else:
         check_positions(model.base_model, whole, prefix.next_positions)
         inputs = continue_inputs(prefix, mask, model.base_model)
-    read = model.base_model(input_ids=encoding["input_ids"], logits_to_keep=1, **inputs)
+    # Said outright: `Trainer` switches it off in the config of a model that it has had in hand.
+    read = model.base_model(input_ids=encoding["input_ids"], logits_to_keep=1, use_cache=True, **inputs)
     means = []
     for part in parts:
         rows = torch.tensor([row for row, _ in part], device=mask.device)  # [O]
@@ -158,7 +183,7 @@ def _score_by_decoder(
 
 
 def _read_options(
-    model: MendModel, cache: DynamicCache, inputs: dict[str, Tensor], rows: Tensor, labels: Tensor
+    model: OptionReader, cache: DynamicCache, inputs: dict[str, Tensor], rows: Tensor, labels: Tensor
 ) -> Tensor:
     """Return the logits (O, A - 1, W) behind all but the last token of every option, which go on from their query."""
     ids = labels[:, :-1]
@@ -179,7 +204,7 @@ def _read_options(
 
 
 def _score_in_one_piece(
-    model: MendModel, encoding: Mapping[str, Tensor], ids: list[tuple[int, list[int]]], prefix: Prefix | None
+    model: OptionReader, encoding: Mapping[str, Tensor], ids: list[tuple[int, list[int]]], prefix: Prefix | None
 ) -> list[float]:
     """Read query and option together, for a base model whose cache cannot be handed from one option to the next."""
     rows = torch.tensor([row for row, _ in ids], device=model.device)  # [O]
