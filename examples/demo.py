@@ -67,7 +67,7 @@ def main() -> None:
     console.print("Your turn: a file of demonstrations, one JSON object with input and output a line, and a query:\n")
     command = [".venv/bin/mend generate", f"--base-model {NAME if from_hub else find_weights()}"]
     command += [f"--distiller {DISTILLER}", f"--demonstrations {HERE / 'data' / 'my_demonstrations.jsonl'}"]
-    command += ['"Your invoice for March is attached."']
+    command += ['"Last chance: 50 percent off all shoes!"']
     console.print(" \\\n  ".join(command), soft_wrap=True, highlight=False)
 
 

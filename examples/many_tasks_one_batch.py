@@ -29,7 +29,7 @@ def main() -> None:
     shots = {name: [(example.input, example.output) for example in train[name][:16]] for name in train}
     queries = {name: [example.input for example in test[name][: args.num_queries]] for name in test}
     mails = [(row["input"], row["output"]) for _, row in read_rows(DATA / "my_demonstrations.jsonl")]
-    shots["mails"], queries["mails"] = mails, ["Your invoice for March is attached.", "Can you call me back today?"]
+    shots["mails"], queries["mails"] = mails, ["Last chance: 50 percent off all shoes!", "Can you call me back today?"]
 
     names = list(shots)
     tasks = model.distill([shots[name] for name in names])  # one pass reads all three, a row each

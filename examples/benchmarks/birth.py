@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mend_hf import MendCollator, MendConfig, MendModel, get_mend_model
+from mend_hf.architectures import CACHE_NAME
 from mend_hf.caches import continue_inputs
 from mend_hf.data.few_shot import FewShotDataset
 from mend_hf.data.metaicl import load_tasks
@@ -54,7 +55,7 @@ def measure(model: MendModel, batches: Iterable[dict[str, torch.Tensor]], *, zer
         mask = batch["attention_mask"].bool()
         teacher = _logits(model, text.select(batch["query_task_rows"]), batch)
         outputs = model.base_model(**_query(batch)) if zero_shot else model(**batch)
-        slots = 0 if zero_shot else outputs.past_key_values.get_seq_length() - mask.shape[1]
+        slots = 0 if zero_shot else outputs[CACHE_NAME].get_seq_length() - mask.shape[1]
         student = outputs.logits[:, :-1]
         kl = kd_loss(student, teacher, mask[:, 1:] & mask[:, :-1])
         results.append([slots, kl.item(), nll_loss(student, labels).item()])

@@ -31,6 +31,7 @@ from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
 from mend_hf import Demonstration, DistilledDemonstrations, MendModel
+from mend_hf.architectures import CACHE_NAME
 from mend_hf.data.metaicl import load_tasks
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -101,7 +102,7 @@ def make_routes(
 
     def floor() -> None:
         cache = fill_cache(model, prefixes.task, batch_size)
-        bare.generate(ids, attention_mask=covering, past_key_values=cache, **settings)
+        bare.generate(ids, attention_mask=covering, **{CACHE_NAME: cache}, **settings)
 
     routes: dict[str, Step] = {
         AGAIN: read_again,

@@ -179,7 +179,7 @@ def build_page(model: MendModel) -> gr.Blocks:
                 with gr.Row():
                     download = gr.DownloadButton("Download .zip", interactive=False, size="md", min_width=140)
                     upload = gr.UploadButton("Upload .zip", file_types=[".zip"], size="md", min_width=140)
-                query = gr.Textbox(label="Query", lines=2, placeholder="Your invoice for March is attached.")
+                query = gr.Textbox(label="Query", lines=2, placeholder="Last chance: 50 percent off all shoes!")
                 options = gr.Textbox(
                     label="Options, one a line", info="Leave empty to let the model write its answer.", lines=3
                 )
