@@ -31,7 +31,7 @@ from mend_hf.recompute import find_layers, recompute_layers
 from mend_hf.routes import get_route
 from mend_hf.routes.base import Route, match_rows
 from mend_hf.routes.prepended import PrependedRoute
-from mend_hf.scoring import score_options
+from mend_hf.scoring import choose_options, option_priors
 from mend_hf.wrapper import WrappedModel
 
 
@@ -275,6 +275,7 @@ class MendModel(WrappedModel):
         demonstrations: Any | None = None,
         *,
         options: Sequence[str] | None = None,
+        option_priors: Mapping[str, float] | None = None,
         **generation: Any,
     ) -> list[str]:
         """Return what follows each query up to the end of the answer, greedily unless `generation` says otherwise.
@@ -287,14 +288,17 @@ class MendModel(WrappedModel):
             demonstrations: As for `generate`.
             options: What may be answered; the likeliest by the mean log-likelihood of its tokens is returned, and
                 nothing is generated.
+            option_priors: What `self.option_priors` returned, taken off before options are compared.
             **generation: As for `generate`; nothing beside `options`.
 
         Raises:
-            ConfigError: There are both `options` and settings of `generate`.
-            DataError: There are not two or more different `options`.
+            ConfigError: There are both `options` and settings of `generate`, or priors of none.
+            DataError: There are not two or more different `options`, or one has no prior.
         """
         if options is not None:
-            return self._choose(queries, demonstrations, options, generation)
+            return self._choose(queries, demonstrations, options, option_priors, generation)
+        if option_priors is not None:
+            raise ConfigError("Expected options to take option_priors off, got none: give options too.")
         prompt = self.prompt
         encoding = self.tokenize(queries, is_alone=self._is_alone(demonstrations))
         settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 32, "pad_token_id": prompt.pad_token_id}
@@ -312,6 +316,7 @@ class MendModel(WrappedModel):
         queries: str | Sequence[str],
         demonstrations: Any | None,
         options: Sequence[str],
+        priors: Mapping[str, float] | None,
         generation: Mapping[str, Any],
     ) -> list[str]:
         """Return the likeliest of the options behind each query."""
@@ -321,11 +326,26 @@ class MendModel(WrappedModel):
                 f"Expected options alone, which nothing is generated for, got {', '.join(generation)} too: leave out "
                 "the one or the others."
             )
-        if isinstance(options, str) or len({*options}) < max(len(options), 2):
-            raise DataError(f"Expected options as a list of two or more different texts, got {options!r}: correct it.")
         queries = [queries] if isinstance(queries, str) else queries
-        scores = score_options(self, queries, [options] * len(queries), self._resolve(demonstrations))
-        return [options[row.index(max(row))] for row in scores]
+        return choose_options(self, queries, options, self._resolve(demonstrations), priors)
+
+    @torch.no_grad()
+    def option_priors(
+        self, options: Sequence[str], inputs: Sequence[str], demonstrations: Any | None = None
+    ) -> dict[str, float]:
+        """Return what each option gets whatever is asked, for `answer` to take off: calibration, once a task.
+
+        Args:
+            options: All that queries will be given to choose from.
+            inputs: Texts such as will be asked, without answers; a handful of the demonstrations' own will do.
+            demonstrations: As for `answer`, of one task.
+
+        Raises:
+            DataError: There are no options or no inputs.
+            ShapeError: There is more than one task.
+        """
+        check_generates(self.base_model)
+        return option_priors(self, inputs, options, self._resolve(demonstrations))
 
     def tokenize(self, queries: str | Sequence[str], *, is_alone: bool = False) -> BatchEncoding:
         """Put queries into the prompt format and return their padded ids (B, T) and mask.

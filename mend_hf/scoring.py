@@ -6,6 +6,7 @@ Shapes: B queries, T query tokens, O options of all queries, A option tokens, W 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
@@ -26,6 +27,10 @@ from mend_hf.routes.base import Route
 from mend_hf.routes.encoder import EncoderRoute
 
 OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
+
+# Inputs of demonstrations by which options are calibrated: where every query has options of its own, each one more
+# costs as much as the scoring itself.
+MAX_BATCH_INPUTS = 8
 
 
 class OptionReader(Protocol):
@@ -89,6 +94,70 @@ def score_options(
         for row, values in zip(rows, batch, strict=True):
             scores[row] = values
     return scores
+
+
+def option_priors(
+    model: OptionReader,
+    inputs: Sequence[str],
+    options: Sequence[str],
+    prefix: Prefix | None = None,
+    *,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Return what each option gets whatever is asked: the log of its mean likelihood a token behind several inputs.
+
+    Scores less these are calibrated: a preference that the model has for an option is taken off. With inputs of the
+    task this is batch calibration (Zhou et al., ICLR 2024, arXiv 2309.17249), with inputs that say nothing contextual
+    calibration (Zhao et al., ICML 2021, arXiv 2102.09690).
+
+    Args:
+        model: As for `score_options`.
+        inputs: Texts such as are asked, without answers.
+        options: All that a query may have.
+        prefix: One row, or None, as for `score_options`.
+        batch_size: Inputs read at once.
+
+    Raises:
+        DataError: There are no inputs or no options, or there is one text in place of several.
+        ShapeError: The prefix has more rows than one.
+    """
+    if not inputs or not options or isinstance(inputs, str) or isinstance(options, str):
+        raise DataError(
+            f"Expected inputs and options as two lists of texts, got {inputs!r} and {options!r}: correct it."
+        )
+    if prefix is not None and len(prefix) > 1:
+        raise ShapeError(
+            f"Expected demonstrations of one task, got those of {len(prefix)}: pick one with .select([...])."
+        )
+    rows = score_options(model, inputs, [options] * len(inputs), prefix, batch_size=batch_size)
+    return dict(zip(options, map(_log_of_mean, zip(*rows, strict=True)), strict=True))
+
+
+def choose_options(
+    model: OptionReader,
+    queries: Sequence[str],
+    options: Sequence[str],
+    prefix: Prefix | None = None,
+    priors: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Return, for every query, the option with the highest score, less its prior where there are priors.
+
+    Raises:
+        DataError: There are not two or more different options, or one has no prior.
+    """
+    if isinstance(options, str) or len({*options}) < max(len(options), 2):
+        raise DataError(f"Expected options as a list of two or more different texts, got {options!r}: correct it.")
+    if priors is not None and (missing := [option for option in options if option not in priors]):
+        raise DataError(f"Expected a prior of every option, got none of {missing}: make them of all options.")
+    scores = score_options(model, queries, [options] * len(queries), prefix)
+    less = [0.0 if priors is None else priors[option] for option in options]
+    return [max(zip(options, row, less, strict=True), key=lambda each: each[1] - each[2])[0] for row in scores]
+
+
+def _log_of_mean(log_values: Sequence[float]) -> float:
+    """Return the logarithm of the mean of numbers given as logarithms, none of which can underflow."""
+    highest = max(log_values)
+    return highest + math.log(sum(math.exp(value - highest) for value in log_values) / len(log_values))
 
 
 def batch_by_length(model: OptionReader, queries: Sequence[str], batch_size: int) -> list[list[int]]:

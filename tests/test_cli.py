@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, auto, get_mend_model
 from mend_hf.cli import app
+from mend_hf.cli.options import load_for_answering, read_demonstrations
 from mend_hf.evaluation.methods import METHODS, TRAINED_METHODS
 
 SENTENCE = "the boy went home because it was a good day for her walk into town ."
@@ -180,6 +181,13 @@ def test_both_stages_then_distill_and_generate(mend: Mend, base_folder: Path, da
     assert (chosen.code, chosen.err) == (0, "")
     assert {*chosen.out.splitlines()} <= {"a", "the"}
     assert chosen.out.count("\n") == 2
+    choice = ["--options", "positive, negative", "--calibrate", "good film"]
+    calibrated = mend("generate", *words, "--demonstrations", data / "mine.jsonl", *choice)
+    model = load_for_answering(str(stage2), str(base_folder), None)
+    pairs, labels = read_demonstrations(data / "mine.jsonl"), ["positive", "negative"]
+    priors = model.option_priors(labels, [text for text, _ in pairs], pairs)
+    expected = model.answer("good film", pairs, options=labels, option_priors=priors)
+    assert (calibrated.code, calibrated.err, calibrated.out.splitlines()) == (0, "", expected)
 
 
 def test_a_recipe_and_arguments_of_the_trainer_decide_the_losses(
@@ -465,6 +473,12 @@ def test_options_that_are_no_choice_are_refused_before_a_model_is_loaded(
 ) -> None:
     words = ["generate", "--base-model", tmp_path / "is_never_looked_for", "--options", options, "good film"]
     assert_refused(mend(*words), "two or more different answers with commas", repr(options))
+
+
+def test_calibrating_without_options_or_raw_demonstrations_is_refused(mend: Mend, tmp_path: Path, data: Path) -> None:
+    words = ["generate", "--base-model", tmp_path / "is_never_looked_for", "--calibrate", "good film"]
+    assert_refused(mend(*words, "--demonstrations", data / "mine.jsonl"), "got no --options")
+    assert_refused(mend(*words, "--options", "a,b"), "raw demonstrations to --calibrate by, got none")
 
 
 def test_info_shows_a_distiller_and_what_it_distilled(

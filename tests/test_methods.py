@@ -11,13 +11,14 @@ import torch
 from tiny_models import wrap_tiny_model
 from tokenizers.processors import TemplateProcessing
 
-from mend_hf import Demonstration, MendConfig, get_mend_model
+from mend_hf import Demonstration, MendConfig, get_mend_model, scoring
 from mend_hf.errors import ConfigError
 from mend_hf.evaluation.calibration import CONTENT_FREE_INPUTS, CalibratedReader
 from mend_hf.evaluation.comparison import distil_with, read_with, share_weights
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.readers import Reader
+from mend_hf.scoring import MAX_BATCH_INPUTS
 
 OPTIONS = ("positive", "negative")
 QUERIES = ["moving and funny", "bad"]
@@ -46,6 +47,7 @@ def test_calibration_divides_by_the_mean_probability_under_inputs_without_conten
         return [[math.log(probabilities[query][OPTIONS.index(option)]) for option in row] for query, row in rows]
 
     monkeypatch.setattr(Reader, "score_options", score)
+    monkeypatch.setattr(scoring, "score_options", lambda _, *asked, batch_size: score(None, *asked[:2], batch_size=2))
     reader = CalibratedReader(None)
     scores = reader.score_options(["good", "bad"], [OPTIONS, OPTIONS[::-1]], batch_size=2)
     # positive: (0.5 + 0.3 + 0.1) / 3 = 0.3; negative: (0.1 + 0.2 + 0.3) / 3 = 0.2
@@ -56,16 +58,25 @@ def test_calibration_divides_by_the_mean_probability_under_inputs_without_conten
 
 
 @pytest.mark.parametrize("method", ["in-context", "MEND"])
-def test_calibrated_scores_are_those_of_the_method_less_what_nothing_gets(method, tiny_model, tokenizer):
+@pytest.mark.parametrize(
+    ("calibration", "inputs"),
+    [
+        ("calibrated", CONTENT_FREE_INPUTS),
+        ("batch-calibrated", [shot.input for shot in (SHOTS * 3)[:MAX_BATCH_INPUTS]]),
+    ],
+)
+def test_calibrated_scores_are_those_of_the_method_less_what_other_inputs_get(
+    method, calibration, inputs, tiny_model, tokenizer
+):
     model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
-    plain, calibrated = (METHODS[name](model, SHOTS) for name in (method, f"{method}, calibrated"))
+    plain, calibrated = (METHODS[name](model, SHOTS * 3) for name in (method, f"{method}, {calibration}"))
     options = [OPTIONS, ("good", "very bad", "funny")]
     bare, got = (reader.score_options(QUERIES, options, batch_size=2) for reader in (plain, calibrated))
     for choices, row, calibrated_row in zip(options, bare, got, strict=True):
         for option, score, calibrated_score in zip(choices, row, calibrated_row, strict=True):
             pair = [[option, "a"]]
-            nothing = [plain.score_options([text], pair, batch_size=1)[0][0] for text in CONTENT_FREE_INPUTS]
-            mean = sum(map(math.exp, nothing)) / 3
+            elsewhere = [plain.score_options([text], pair, batch_size=1)[0][0] for text in inputs]
+            mean = sum(map(math.exp, elsewhere)) / len(inputs)
             assert calibrated_score == pytest.approx(score - math.log(mean), abs=1e-5)
     assert calibrated.generate(QUERIES, batch_size=2) == plain.generate(QUERIES, batch_size=2)
 

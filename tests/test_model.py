@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -118,6 +119,35 @@ def test_of_options_the_likeliest_is_answered(model):
 def test_options_that_are_no_choice_are_refused(model, options):
     with pytest.raises(DataError, match=r"two or more different texts, got .*: correct it"):
         model.answer(["bad"], SHOTS, options=options)
+
+
+def test_priors_are_what_options_get_on_average_and_are_taken_off(model):
+    queries, options, inputs = ["moving and funny", "bad"], ["positive", "negative", "good food"], ["a bore", "good"]
+    for demonstrations, prefix in ((None, None), (SHOTS, model.distill(SHOTS).prefix)):
+        rows = score_options(model, inputs, [options] * 2, prefix)
+        means = [sum(map(math.exp, column)) / 2 for column in zip(*rows, strict=True)]
+        priors = model.option_priors(options, inputs, demonstrations)
+        assert [math.exp(priors[option]) for option in options] == pytest.approx(means, rel=1e-4)
+        scores = score_options(model, queries, [options] * 2, prefix)
+        less = [[score - priors[option] for option, score in zip(options, row, strict=True)] for row in scores]
+        expected = [options[row.index(max(row))] for row in less]
+        assert model.answer(queries, demonstrations, options=options, option_priors=priors) == expected
+    for option in options:
+        priors = dict.fromkeys(options, 0.0) | {option: -1e3}
+        assert model.answer(queries, SHOTS, options=options, option_priors=priors) == [option] * 2
+
+
+def test_priors_that_do_not_fit_are_refused(model):
+    options = ["positive", "negative"]
+    with pytest.raises(DataError, match=r"prior of every option, got none of \['negative'\]"):
+        model.answer(["bad"], SHOTS, options=options, option_priors={"positive": 0.0})
+    with pytest.raises(ConfigError, match="Expected options to take option_priors off, got none"):
+        model.answer(["bad"], SHOTS, option_priors={"positive": 0.0})
+    for wrong in ([], "bad"):
+        with pytest.raises(DataError, match="Expected inputs and options as two lists of texts"):
+            model.option_priors(options, wrong, SHOTS)
+    with pytest.raises(ShapeError, match="demonstrations of one task, got those of 2"):
+        model.option_priors(options, ["bad", "good"], [SHOTS, SHOTS])
 
 
 def test_options_beside_settings_of_generation_are_refused(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,7 @@ from mend_hf.cli.options import (
 from mend_hf.config import CONFIG_NAME, MendConfig
 from mend_hf.errors import CheckpointError, ConfigError
 from mend_hf.files import check_output_folder, fetch_file
+from mend_hf.scoring import MAX_BATCH_INPUTS
 
 
 def distill(
@@ -61,6 +62,14 @@ def generate(
         str | None,
         typer.Option(help="Answers with commas, account,billing, of which the likeliest is chosen; none is written."),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Take off what every one of --options gets whatever is asked, as the inputs of raw "
+            "demonstrations show it.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer that is written, in tokens.", min=1)] = 16,
     device: Device = None,
     dtype: Dtype = None,
@@ -69,11 +78,27 @@ def generate(
 
     `mend generate --distiller someone/mend-smollm2-135m --demonstrations mine.jsonl "moving and funny"`
     """
-    settings = {"max_new_tokens": max_new_tokens} if options is None else {"options": _parse_options(options)}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    if options is not None:
+        settings = {"options": _parse_options(options)}
     given = None if demonstrations is None else load_demonstrations(demonstrations)
+    inputs = _inputs_to_calibrate_by(given, options) if calibrate else []
     model = load_for_answering(distiller, base_model, device, dtype)
+    if inputs:
+        given = model.distill(given)
+        settings["option_priors"] = model.option_priors(settings["options"], inputs, given)
     for answer in model.answer(queries, given, **settings):
         print(answer)
+
+
+def _inputs_to_calibrate_by(given: Any, options: str | None) -> list[str]:
+    if options is None or not isinstance(given, list):
+        got = "no --options" if options is None else "none" if given is None else "distilled ones, which hold no text"
+        raise ConfigError(
+            f"Expected --options and raw demonstrations to --calibrate by, got {got}: give --options a,b and a .jsonl "
+            "file of demonstrations, or leave --calibrate out."
+        )
+    return [text for text, _ in given[:MAX_BATCH_INPUTS]]
 
 
 def _parse_options(text: str) -> list[str]:

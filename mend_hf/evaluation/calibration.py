@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.evaluation.readers import Demonstrations, Reader
 from mend_hf.model import MendModel
+from mend_hf.scoring import MAX_BATCH_INPUTS, option_priors
 
 # Inputs that say nothing (Zhao et al., 2021, section 5).
 CONTENT_FREE_INPUTS = ("N/A", "", "[MASK]")
@@ -16,48 +16,58 @@ CONTENT_FREE_INPUTS = ("N/A", "", "[MASK]")
 
 @dataclass(frozen=True)
 class CalibratedReader(Reader):
-    """A reader whose options are scored against what they get for inputs without content.
+    """A reader whose options are scored against what they get for other inputs. Writing is not changed by it.
 
-    Contextual calibration (Zhao et al., "Calibrate Before Use", ICML 2021, arXiv 2102.09690) divides an option's
-    probability by the mean of its probabilities under content-free inputs. Writing is not changed by it.
+    Attributes:
+        inputs: Without content, it is contextual calibration (Zhao et al., "Calibrate Before Use", ICML 2021, arXiv
+            2102.09690); inputs of the task, here the demonstrations' own, make it batch calibration (Zhou et al.,
+            ICLR 2024, arXiv 2309.17249), which needs no query.
     """
 
-    _scores_for_nothing: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+    inputs: Sequence[str] = CONTENT_FREE_INPUTS
+    _priors: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def score_options(
         self, queries: Sequence[str], options: Sequence[Sequence[str]], *, batch_size: int
     ) -> list[list[float]]:
-        """Return, for every query, its options' mean log-likelihoods a token less those under content-free inputs.
+        """Return, for every query, its options' mean log-likelihoods a token less those behind the other inputs.
 
-        What is found for an option is kept: every option is read behind the content-free inputs once a reader.
+        What is found for an option is kept: every option is read behind these inputs once a reader.
         """
         distinct = dict.fromkeys(option for choices in options for option in choices)
-        new = [option for option in distinct if option not in self._scores_for_nothing]
+        new = [option for option in distinct if option not in self._priors]
         if new:
-            rows = super().score_options(CONTENT_FREE_INPUTS, [new] * len(CONTENT_FREE_INPUTS), batch_size=batch_size)
-            self._scores_for_nothing.update(zip(new, map(_log_of_mean, zip(*rows, strict=True)), strict=True))
+            self._priors.update(option_priors(self.model, self.inputs, new, self.prefix, batch_size=batch_size))
         scores = super().score_options(queries, options, batch_size=batch_size)
         return [
-            [score - self._scores_for_nothing[option] for option, score in zip(choices, row, strict=True)]
+            [score - self._priors[option] for option, score in zip(choices, row, strict=True)]
             for choices, row in zip(options, scores, strict=True)
         ]
 
 
 def in_context_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """Vanilla ICL with contextual calibration."""
-    return _calibrate(model, model.read(list(demonstrations)))
+    return _calibrate(model, model.read(list(demonstrations)), CONTENT_FREE_INPUTS)
+
+
+def in_context_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
+    """Vanilla ICL, calibrated by the demonstrations' inputs."""
+    return _calibrate(model, model.read(list(demonstrations)), _inputs_of(demonstrations))
 
 
 def mend_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """The model's distiller, with contextual calibration."""
-    return _calibrate(model, model.distill(list(demonstrations)))
+    return _calibrate(model, model.distill(list(demonstrations)), CONTENT_FREE_INPUTS)
 
 
-def _calibrate(model: MendModel, read: DistilledDemonstrations) -> Reader:
-    return CalibratedReader(model, model.route.prepare(read.prefix))
+def mend_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
+    """The model's distiller, calibrated by the demonstrations' inputs."""
+    return _calibrate(model, model.distill(list(demonstrations)), _inputs_of(demonstrations))
 
 
-def _log_of_mean(log_values: Sequence[float]) -> float:
-    """Return the logarithm of the mean of numbers given as logarithms, none of which can underflow."""
-    highest = max(log_values)
-    return highest + math.log(sum(math.exp(value - highest) for value in log_values) / len(log_values))
+def _calibrate(model: MendModel, read: DistilledDemonstrations, inputs: Sequence[str]) -> Reader:
+    return CalibratedReader(model, model.route.prepare(read.prefix), inputs)
+
+
+def _inputs_of(demonstrations: Demonstrations) -> list[str]:
+    return [demonstration.input for demonstration in demonstrations[:MAX_BATCH_INPUTS]]

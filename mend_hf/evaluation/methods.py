@@ -9,7 +9,12 @@ import torch
 
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.errors import ConfigError
-from mend_hf.evaluation.calibration import in_context_calibrated, mend_calibrated
+from mend_hf.evaluation.calibration import (
+    in_context_batch_calibrated,
+    in_context_calibrated,
+    mend_batch_calibrated,
+    mend_calibrated,
+)
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.evaluation.tuned import prefix_tuning, prompt_tuning
@@ -112,19 +117,21 @@ METHODS: dict[str, Method] = {
     "in-context": in_context,
     "in-context, cut": in_context_cut,
     "in-context, calibrated": in_context_calibrated,
+    "in-context, batch-calibrated": in_context_batch_calibrated,
     "training-free anchors": training_free_anchors,
     "random prefix": random_prefix,
     "prompt tuning": prompt_tuning,
     "prefix tuning": prefix_tuning,
     "MEND": mend,
     "MEND, calibrated": mend_calibrated,
+    "MEND, batch-calibrated": mend_batch_calibrated,
     "MEND + 2 raw": mend_with_raw(2),
 }
 
 # Trained for every task and seed, which takes many times as long as all others: only by name.
 TRAINED_METHODS = frozenset({"prompt tuning", "prefix tuning"})
 # What needs a distiller that was trained.
-DISTILLING_METHODS = frozenset({"random prefix", "MEND", "MEND, calibrated", "MEND + 2 raw"})
+DISTILLING_METHODS = frozenset({"random prefix", "MEND", "MEND, calibrated", "MEND, batch-calibrated", "MEND + 2 raw"})
 
 
 def pick_methods(names: Sequence[str]) -> dict[str, Method]:
