@@ -28,10 +28,6 @@ from mend_hf.routes.encoder import EncoderRoute
 
 OPTIONS_PER_QUERY = 4  # Options read at once for every query of a batch; each has a copy of what its query attends to.
 
-# Inputs of demonstrations by which options are calibrated: where every query has options of its own, each one more
-# costs as much as the scoring itself.
-MAX_BATCH_INPUTS = 8
-
 
 class OptionReader(Protocol):
     """What of a `MendModel`, which stands above this module, reads queries and options."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,24 +114,3 @@ def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
     kept = DistilledDemonstrations.from_pretrained(tmp_path / "kept")
     assert f"16 demonstrations, {kept.provenance.num_tokens[0]} tokens -> {kept.num_slots} slots" in printed[0]
     assert "Has my order left the warehouse yet?" in printed[-1]
-
-
-def test_a_recipe_trains_evaluates_and_goes_on_where_it_stood(tmp_path: Path) -> None:
-    base, tokenizer = load_tiny()
-    for part in (base, tokenizer):
-        part.save_pretrained(tmp_path / "base")
-    sides = {"train": ["support_tickets"], "test": ["restaurant_notes"]}
-    (tmp_path / "mine.json").write_text(json.dumps(sides))
-    settings = {
-        "TEXT": str(EXAMPLES / "data" / "text.jsonl"), "TASKS": str(EXAMPLES / "data"), "BASE": str(tmp_path / "base"),
-        "TEXT_ROWS": "4", "TASK_ROWS": "4", "SEEDS": "13", "MAX_QUERIES": "2", "DTYPE": "bfloat16", "BALANCE": "1",
-        "KD_WEIGHT": "0.5", "QUERIES": "2", "VIRTUAL_TOKENS": "3",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    command = ["bash", EXAMPLES / "recipes" / "smollm2-kv.sh", tmp_path / "mine.json", tmp_path / "out"]
-    for _ in range(2):
-        run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-    assert "Saved the distiller" not in run.stdout
-    methods = {json.loads(line)["method"] for line in (tmp_path / "out/mine/scores/results.jsonl").open()}
-    assert methods == {"zero-shot", "in-context", "in-context, cut", "training-free anchors", "MEND"}

@@ -13,12 +13,16 @@ from tokenizers.processors import TemplateProcessing
 
 from mend_hf import Demonstration, MendConfig, get_mend_model, scoring
 from mend_hf.errors import ConfigError
-from mend_hf.evaluation.calibration import CONTENT_FREE_INPUTS, CalibratedReader
+from mend_hf.evaluation.calibration import (
+    CONTENT_FREE_INPUTS,
+    MAX_INPUTS,
+    MAX_INPUTS_FOR_OWN_OPTIONS,
+    CalibratedReader,
+)
 from mend_hf.evaluation.comparison import distil_with, read_with, share_weights
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.readers import Reader
-from mend_hf.scoring import MAX_BATCH_INPUTS
 
 OPTIONS = ("positive", "negative")
 QUERIES = ["moving and funny", "bad"]
@@ -62,7 +66,7 @@ def test_calibration_divides_by_the_mean_probability_under_inputs_without_conten
     ("calibration", "inputs"),
     [
         ("calibrated", CONTENT_FREE_INPUTS),
-        ("batch-calibrated", [shot.input for shot in (SHOTS * 3)[:MAX_BATCH_INPUTS]]),
+        ("batch-calibrated", [shot.input for shot in (SHOTS * 3)[:MAX_INPUTS]]),
     ],
 )
 def test_calibrated_scores_are_those_of_the_method_less_what_other_inputs_get(
@@ -79,6 +83,13 @@ def test_calibrated_scores_are_those_of_the_method_less_what_other_inputs_get(
             mean = sum(map(math.exp, elsewhere)) / len(inputs)
             assert calibrated_score == pytest.approx(score - math.log(mean), abs=1e-5)
     assert calibrated.generate(QUERIES, batch_size=2) == plain.generate(QUERIES, batch_size=2)
+
+
+def test_where_no_output_occurs_twice_fewer_inputs_calibrate(tiny_model, tokenizer):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
+    apart = [Demonstration(shot.input, f"{shot.output} {index}") for index, shot in enumerate(SHOTS * 3)]
+    for shots, count in ((SHOTS * 3, MAX_INPUTS), (apart, MAX_INPUTS_FOR_OWN_OPTIONS)):
+        assert METHODS["MEND, batch-calibrated"](model, shots).inputs == [shot.input for shot in shots[:count]]
 
 
 @pytest.fixture

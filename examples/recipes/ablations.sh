@@ -4,15 +4,16 @@
 #
 #   TEXT=my-texts TASKS=my-tasks examples/recipes/ablations.sh outputs [VARIANT ...]
 #
-# TEXT, TASKS, BASE and DTYPE as in smollm2-kv.sh. ROWS (120) is the size of every training. Beside the scores, in
-# outputs/ablations/scores, stands what moves long before a score does: the NLL of the targets and the KL from the
-# teacher on PROBE_ROWS (16) rows of the validation tasks, `probe_nll` and `probe_kl` at the end of every
-# training_log.json. Without names every variant is trained, each in 5 to 10 minutes of one core; one that is finished
-# is not trained again.
+# TEXT, TASKS, BASE and DTYPE as in smollm2-kv.sh; SETTING: another JSON file than general.json. ROWS (120) is the size of
+# every training. Beside the scores, in outputs/ablations/scores, stands what moves long before a score does: the NLL of
+# the targets and the KL from the teacher on PROBE_ROWS (16) rows of the validation tasks, `probe_nll` and `probe_kl` at
+# the end of every training_log.json. Without names every variant is trained, each in 5 to 10 minutes of one core; one
+# that is finished is not trained again.
 set -euo pipefail
 output=$1; shift
 : "${TEXT:?name the plain text for stage 1}" "${TASKS:?name the folder of tasks}"
 here=$(dirname "${BASH_SOURCE[0]}")
+SETTING=${SETTING:-$here/general.json}
 BASE=${BASE:-$(PYTHONPATH=$here/.. python -c "from weights import find_weights; print(find_weights())")}
 common=(--base-model "$BASE") training=(--save-steps 10 --resume --base-model-id HuggingFaceTB/SmolLM2-135M-Instruct)
 if [[ -n ${DTYPE:-} ]]; then common+=(--dtype "$DTYPE"); fi
@@ -37,7 +38,7 @@ order=(baseline without-stage-1 no-teacher teacher-alone embeds no-anchors no-pl
 if (($#)); then order=("$@"); fi
 
 read_validation='import json, sys; print(*json.load(open(sys.argv[1]))["validation"])'
-read -ra validation <<< "$(python -c "$read_validation" "$here/general.json")"
+read -ra validation <<< "$(python -c "$read_validation" "$SETTING")"
 mkdir -p "$output/ablations/validation-tasks"
 for task in "${validation[@]}"; do ln -sf "$(realpath "$TASKS")/$task".* "$output/ablations/validation-tasks"; done
 
@@ -55,7 +56,7 @@ for name in "${order[@]}"; do
     echo "Expected variants among ${order[*]}, got $name." >&2; exit 2
   fi
   if [[ ! -f $output/ablations/$name/mend_config.json ]]; then
-    mend finetune "${common[@]}" "${training[@]}" --tasks "$TASKS" --partition "$here/general.json" \
+    mend finetune "${common[@]}" "${training[@]}" --tasks "$TASKS" --partition "$SETTING" \
       --num-demonstrations 4-8 --max-demonstration-tokens 60 --num-rows "${ROWS:-120}" --batch-size 2 \
       --gradient-accumulation-steps 2 --group-by-length --learning-rate 1e-3 "${change[@]}" \
       --eval-tasks "$output/ablations/validation-tasks" --no-load-best-model-at-end --arg eval_strategy=no \

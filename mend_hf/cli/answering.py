@@ -24,7 +24,6 @@ from mend_hf.cli.options import (
 from mend_hf.config import CONFIG_NAME, MendConfig
 from mend_hf.errors import CheckpointError, ConfigError
 from mend_hf.files import check_output_folder, fetch_file
-from mend_hf.scoring import MAX_BATCH_INPUTS
 
 
 def distill(
@@ -92,13 +91,15 @@ def generate(
 
 
 def _inputs_to_calibrate_by(given: Any, options: str | None) -> list[str]:
+    from mend_hf.evaluation.calibration import MAX_INPUTS
+
     if options is None or not isinstance(given, list):
         got = "no --options" if options is None else "none" if given is None else "distilled ones, which hold no text"
         raise ConfigError(
             f"Expected --options and raw demonstrations to --calibrate by, got {got}: give --options a,b and a .jsonl "
             "file of demonstrations, or leave --calibrate out."
         )
-    return [text for text, _ in given[:MAX_BATCH_INPUTS]]
+    return [text for text, _ in given[:MAX_INPUTS]]
 
 
 def _parse_options(text: str) -> list[str]:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.evaluation.readers import Demonstrations, Reader
 from mend_hf.model import MendModel
-from mend_hf.scoring import MAX_BATCH_INPUTS, option_priors
+from mend_hf.scoring import option_priors
 
 # Inputs that say nothing (Zhao et al., 2021, section 5).
 CONTENT_FREE_INPUTS = ("N/A", "", "[MASK]")
+# Demonstrations whose inputs are asked. Where no two demonstrations have the same output, queries have options of
+# their own, and each input more costs as much as all the scoring.
+MAX_INPUTS, MAX_INPUTS_FOR_OWN_OPTIONS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -70,4 +73,6 @@ def _calibrate(model: MendModel, read: DistilledDemonstrations, inputs: Sequence
 
 
 def _inputs_of(demonstrations: Demonstrations) -> list[str]:
-    return [demonstration.input for demonstration in demonstrations[:MAX_BATCH_INPUTS]]
+    outputs = [demonstration.output for demonstration in demonstrations]
+    has_classes = len({*outputs}) < len(outputs)
+    return [shot.input for shot in demonstrations[: MAX_INPUTS if has_classes else MAX_INPUTS_FOR_OWN_OPTIONS]]
