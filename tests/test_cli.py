@@ -19,7 +19,7 @@ from command_line import run_mend
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, auto, get_mend_model
+from mend_hf import DistilledDemonstrations, MendConfig, MendTrainer, __version__, auto, get_mend_model
 from mend_hf.cli import app
 from mend_hf.cli.options import load_for_answering, read_demonstrations
 from mend_hf.evaluation.methods import METHODS, TRAINED_METHODS
@@ -118,6 +118,11 @@ def test_help_lists_every_command(mend: Mend) -> None:
     assert result.code == 0
     for command in ("pretrain", "finetune", "distill", "generate", "evaluate", "info"):
         assert f" {command} " in result.out
+
+
+def test_the_version_is_shown_without_a_command(mend: Mend) -> None:
+    result = mend("--version")
+    assert (result.code, result.out, result.err) == (0, f"mend_hf {__version__}\n", "")
 
 
 def test_help_of_every_command_explains_every_option(mend: Mend) -> None:

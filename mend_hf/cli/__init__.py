@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from mend_hf import __version__
 from mend_hf.cli.answering import distill, generate, info
 from mend_hf.cli.evaluation import evaluate
 from mend_hf.cli.export import export_peft
@@ -19,12 +20,28 @@ from mend_hf.errors import MendError
 
 app = typer.Typer(
     name="mend",
-    help="Few-shot prompting without paying for the shots: distil demonstrations into a prefix for a frozen model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"mend_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Few-shot prompting without paying for the shots: distil demonstrations into a prefix for a frozen model."""
+
+
 for command in (pretrain, finetune, distill, generate, evaluate, report, info, push, pull, export_peft):
     app.command()(command)
 

@@ -33,8 +33,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Only this method; may be repeated: zero-shot; in-context; in-context, cut; in-context, calibrated; "
-            "training-free anchors; random prefix; prompt tuning; prefix tuning; MEND; MEND, calibrated; MEND + "
-            "2 raw. Default: all that train nothing."
+            "in-context, batch-calibrated; training-free anchors; random prefix; prompt tuning; prefix tuning; MEND; "
+            "MEND, calibrated; MEND, batch-calibrated; MEND + 2 raw. Default: all that train nothing."
         ),
     ] = None,
     compare: Annotated[
