@@ -32,6 +32,7 @@ SHOTS = [
     Demonstration("good food", "positive"),
     Demonstration("bad food", "negative"),
 ]
+FIRST_INPUTS = [shot.input for shot in (SHOTS * 3)[:MAX_INPUTS]]
 
 
 def text_ids(model, demonstrations):
@@ -61,12 +62,12 @@ def test_calibration_divides_by_the_mean_probability_under_inputs_without_conten
     assert asked == [*CONTENT_FREE_INPUTS, "good", "bad", "bad"]
 
 
-@pytest.mark.parametrize("method", ["in-context", "MEND"])
 @pytest.mark.parametrize(
-    ("calibration", "inputs"),
+    ("method", "calibration", "inputs"),
     [
-        ("calibrated", CONTENT_FREE_INPUTS),
-        ("batch-calibrated", [shot.input for shot in (SHOTS * 3)[:MAX_INPUTS]]),
+        ("in-context", "calibrated", CONTENT_FREE_INPUTS),
+        ("MEND", "calibrated", CONTENT_FREE_INPUTS),
+        *((method, "batch-calibrated", FIRST_INPUTS) for method in ("zero-shot", "in-context", "MEND")),
     ],
 )
 def test_calibrated_scores_are_those_of_the_method_less_what_other_inputs_get(

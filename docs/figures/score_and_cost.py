@@ -16,16 +16,17 @@ from pages import save_for_pages
 from mend_hf.evaluation.report import MethodSummary, summarise
 from mend_hf.evaluation.results import read_results
 
-RESULTS = Path(__file__).parents[1] / "results" / "data" / "class_to_class"
+RESULTS = Path(__file__).parents[1] / "results" / "data" / "general"
 GIGA = 1e9
 # Colours that stay apart for colour-blind eyes (Okabe and Ito, 2008), marks, and where a name
 # stands from its mark, in points.
 MARKS = {
     "zero-shot": ("#999999", "D", (9, -4)),
-    "in-context, cut": ("#E69F00", "^", (2, -17)),
-    "training-free anchors": ("#56B4E9", "s", (9, 2)),
-    "MEND": ("#D55E00", "o", (9, 2)),
-    "in-context": ("#0072B2", "v", (9, 4)),
+    "in-context, cut": ("#E69F00", "^", (9, -5)),
+    "training-free anchors": ("#56B4E9", "s", (9, -11)),
+    "MEND": ("#D55E00", "o", (9, -2)),
+    "MEND, batch-calibrated": ("#009E73", "P", (9, -4)),
+    "in-context": ("#0072B2", "v", (9, -3)),
     "in-context, read again": ("#0072B2", "v", (-9, 8)),
 }
 LOOKS = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6e8eb", "#444c56")}

@@ -32,9 +32,10 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this method; may be repeated: zero-shot; in-context; in-context, cut; in-context, calibrated; "
-            "in-context, batch-calibrated; training-free anchors; random prefix; prompt tuning; prefix tuning; MEND; "
-            "MEND, calibrated; MEND, batch-calibrated; MEND + 2 raw. Default: all that train nothing."
+            help="Only this method; may be repeated: zero-shot; zero-shot, batch-calibrated; in-context; in-context, "
+            "cut; in-context, calibrated; in-context, batch-calibrated; training-free anchors; random prefix; prompt "
+            "tuning; prefix tuning; MEND; MEND, calibrated; MEND, batch-calibrated; MEND + 2 raw. Default: all that "
+            "train nothing."
         ),
     ] = None,
     compare: Annotated[

@@ -116,6 +116,9 @@ def load_base_model(
         with redirect_stderr(io.StringIO()) if "gguf_file" in extra else nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **extra)
             model = load_language_model(name_or_path, dtype=dtype, **extra)
+        # The weights are plain floats by now; with a quantizer's mark transformers would refuse to tune or save them.
+        if "gguf_file" in extra:
+            model.hf_quantizer.remove_quantization_config(model)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"Expected a base model in a folder or on the Hub, got {given!r}: {str(error).splitlines()[0]} "

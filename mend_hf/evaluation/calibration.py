@@ -48,6 +48,11 @@ class CalibratedReader(Reader):
         ]
 
 
+def zero_shot_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
+    """Nothing in front of the query; of the demonstrations only their inputs, which calibrate the options."""
+    return CalibratedReader(model, None, _inputs_of(demonstrations))
+
+
 def in_context_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """Vanilla ICL with contextual calibration."""
     return _calibrate(model, model.read(list(demonstrations)), CONTENT_FREE_INPUTS)

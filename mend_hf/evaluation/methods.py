@@ -14,6 +14,7 @@ from mend_hf.evaluation.calibration import (
     in_context_calibrated,
     mend_batch_calibrated,
     mend_calibrated,
+    zero_shot_batch_calibrated,
 )
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
@@ -114,6 +115,7 @@ def _draw_like(states: torch.Tensor, generator: torch.Generator, first: int) -> 
 
 METHODS: dict[str, Method] = {
     "zero-shot": zero_shot,
+    "zero-shot, batch-calibrated": zero_shot_batch_calibrated,
     "in-context": in_context,
     "in-context, cut": in_context_cut,
     "in-context, calibrated": in_context_calibrated,
