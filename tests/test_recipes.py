@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from mend_hf import MendConfig
 
@@ -73,6 +75,13 @@ def test_a_separate_distiller_reads_for_another_model(base: Path, setting: Path,
     assert methods_in(tmp_path / "out" / "mine") == {"MEND"}
 
 
+def test_metaicl_tunes_the_base_model_and_is_compared_with_it(base: Path, setting: Path, tmp_path: Path) -> None:
+    run("smollm2-metaicl.sh", setting, tmp_path, BASE=base, DTYPE="bfloat16")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "metaicl-mine")
+    assert tuned.dtype == torch.float32
+    assert methods_in(tmp_path / "metaicl-mine") == {"in-context", "MetaICL"}
+
+
 def test_ablations_train_what_is_named_and_compare_it(base: Path, tmp_path: Path) -> None:
     sides = {"train": ["support_tickets"], "test": ["restaurant_notes"], "validation": ["other_notes"]}
     (tmp_path / "mine.json").write_text(json.dumps(sides))
@@ -88,7 +97,9 @@ def test_ablations_train_what_is_named_and_compare_it(base: Path, tmp_path: Path
         "ROWS": 4,
         "PROBE_ROWS": 1,
     }
-    run("ablations.sh", tmp_path, "no-teacher", "embeds", **changed)
+    *_, first, second = run("ablations.sh", tmp_path, "no-teacher", "embeds", **changed).splitlines()
+    assert re.fullmatch(r"no-teacher: NLL [\d.]+ -> [\d.]+ \(teacher [\d.]+\), KL [\d.]+ -> [\d.]+", first)
+    assert second.startswith("embeds: NLL ")
     embeds = MendConfig.from_pretrained(tmp_path / "ablations" / "embeds")
     assert (embeds.prefix_form, embeds.num_virtual_tokens) == ("embeds", 32)
     log = json.loads((tmp_path / "ablations" / "no-teacher" / "training_log.json").read_text())["log"]

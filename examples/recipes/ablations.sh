@@ -5,9 +5,9 @@
 #   TEXT=my-texts TASKS=my-tasks examples/recipes/ablations.sh outputs [VARIANT ...]
 #
 # TEXT, TASKS, BASE and DTYPE as in smollm2-kv.sh; SETTING: another JSON file than general.json. ROWS (120) is the size of
-# every training. Beside the scores, in outputs/ablations/scores, stands what moves long before a score does: the NLL of
-# the targets and the KL from the teacher on PROBE_ROWS (16) rows of the validation tasks, `probe_nll` and `probe_kl` at
-# the end of every training_log.json. Without names every variant is trained, each in 5 to 10 minutes of one core; one
+# every training. Beside the scores, in outputs/ablations/scores, the last lines show what moves long before a score does:
+# the NLL of the targets and the KL from the teacher on PROBE_ROWS (16) rows of the validation tasks, before and after
+# training, with the teacher's own NLL. Without names every variant is trained, each in 5 to 10 minutes of one core; one
 # that is finished is not trained again.
 set -euo pipefail
 output=$1; shift
@@ -67,3 +67,14 @@ done
 for task in "${validation[@]}"; do compared+=(--task "$task"); done
 mend evaluate "${common[@]}" --tasks "$TASKS" --num-demonstrations 16 --seeds "${SEEDS:-13,21,42}" \
   --max-queries "${MAX_QUERIES:-32}" --method zero-shot "${compared[@]}" --output-dir "$output/ablations/scores"
+
+read_probes='
+import json, sys
+for name in sys.argv[2:]:
+    log = json.load(open(f"{sys.argv[1]}/{name}/training_log.json"))["log"]
+    first, *_, last = [entry for entry in log if "probe_kl" in entry]
+    nll, kl = (f"{first[key]:.2f} -> {last[key]:.2f}" for key in ("probe_nll", "probe_kl"))
+    teacher = first["probe_teacher_nll"]
+    print(f"{name}: NLL {nll} (teacher {teacher:.2f}), KL {kl}")
+'
+python -c "$read_probes" "$output/ablations" "${order[@]}"
