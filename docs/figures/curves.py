@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "results" / "data"
 TRAINING = ROOT / "examples" / "distillers" / "smollm2-135m-general-kv" / "training_log.json"
 # Colours that stay apart for colour-blind eyes (Okabe and Ito, 2008).
-METHODS = {"in-context": "#0072B2", "MEND": "#D55E00", "MEND, batch-calibrated": "#009E73"}
+METHODS = {"in-context": "#0072B2", "MEND, batch-calibrated": "#009E73"}
 PROBES = {"probe_nll": ("NLL of the targets", "#D55E00"), "probe_kl": ("KL from the teacher", "#0072B2")}
 LOOKS = {"light": ("#24292f", "#d0d7de"), "dark": ("#e6e8eb", "#444c56")}
 
@@ -38,12 +38,12 @@ def slots_lines() -> list[Line]:
 
 def demonstrations_lines() -> list[Line]:
     """Return the score of every number of demonstrations, one line a method."""
-    results = read_results(DATA / "many_demonstrations")
-    counts = sorted({result.num_demonstrations for result in results})
     lines = []
     for method, colour in METHODS.items():
-        own = [[each for each in results if (each.method, each.num_demonstrations) == (method, k)] for k in counts]
-        lines.append((method, colour, [*map(float, counts)], [100 * summarise(each)[0].score for each in own]))
+        own = [each for each in read_results(DATA / "many_demonstrations") if each.method == method]
+        counts = sorted({each.num_demonstrations for each in own})
+        scores = [100 * summarise([each for each in own if each.num_demonstrations == k])[0].score for k in counts]
+        lines.append((method, colour, [*map(float, counts)], scores))
     return lines
 
 
@@ -78,7 +78,7 @@ def draw(look: tuple[str, str]) -> Figure:
     slots, demonstrations, steps = figure.subplots(1, 3)
     draw_panel(slots, slots_lines(), "slots", "score, points of 100", look)
     draw_panel(demonstrations, demonstrations_lines(), "demonstrations", "score, points of 100", look)
-    counts = demonstrations_lines()[0][2]
+    counts = demonstrations_lines()[-1][2]
     demonstrations.set_xscale("log")
     demonstrations.set_xticks(counts, [f"{count:g}" for count in counts])
     demonstrations.set_xticks([], minor=True)
