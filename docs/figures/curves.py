@@ -77,8 +77,9 @@ def draw(look: tuple[str, str]) -> Figure:
     figure = Figure(figsize=(8.4, 2.8), layout="constrained")
     slots, demonstrations, steps = figure.subplots(1, 3)
     draw_panel(slots, slots_lines(), "slots", "score, points of 100", look)
-    draw_panel(demonstrations, demonstrations_lines(), "demonstrations", "score, points of 100", look)
-    counts = demonstrations_lines()[-1][2]
+    lines = demonstrations_lines()
+    draw_panel(demonstrations, lines, "demonstrations", "score, points of 100", look)
+    counts = lines[-1][2]
     demonstrations.set_xscale("log")
     demonstrations.set_xticks(counts, [f"{count:g}" for count in counts])
     demonstrations.set_xticks([], minor=True)
