@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pages import save_for_pages
+from pages import dress_axes, save_for_pages
 
 from mend_hf.evaluation.report import summarise
 from mend_hf.evaluation.results import read_results
@@ -38,9 +38,9 @@ def slots_lines() -> list[Line]:
 
 def demonstrations_lines() -> list[Line]:
     """Return the score of every number of demonstrations, one line a method."""
-    lines = []
+    results, lines = read_results(DATA / "many_demonstrations"), []
     for method, colour in METHODS.items():
-        own = [each for each in read_results(DATA / "many_demonstrations") if each.method == method]
+        own = [each for each in results if each.method == method]
         counts = sorted({each.num_demonstrations for each in own})
         scores = [100 * summarise([each for each in own if each.num_demonstrations == k])[0].score for k in counts]
         lines.append((method, colour, [*map(float, counts)], scores))
@@ -59,15 +59,13 @@ def steps_lines() -> list[Line]:
 
 def draw_panel(axes: Axes, lines: Sequence[Line], x_label: str, y_label: str, look: tuple[str, str]) -> None:
     """Draw lines with a legend, in the colours of a page."""
-    ink, grid = look
+    ink, _ = look
     for label, colour, x, y in lines:
         axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.5, label=label)
     axes.set_xlabel(x_label, color=ink, fontsize=8)
     axes.set_ylabel(y_label, color=ink, fontsize=8)
-    axes.tick_params(colors=ink, which="both", labelsize=8)
-    axes.grid(color=grid, linewidth=0.6, alpha=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(grid)
+    axes.tick_params(which="both", labelsize=8)
+    dress_axes(axes, *look)
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=ink, fontsize=7)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from pages import save_for_pages
+from pages import dress_axes, save_for_pages
 
 from mend_hf.evaluation.report import MethodSummary, summarise
 from mend_hf.evaluation.results import read_results
@@ -78,11 +78,8 @@ def draw(points: Sequence[Point], ink: str, line: str) -> Figure:
     axes.margins(y=0.15)
     axes.set_xlabel("GFLOP a query, its options included", color=ink)
     axes.set_ylabel("score, points of 100", color=ink)
-    axes.tick_params(colors=ink, which="both")
-    axes.grid(color=line, linewidth=0.6, alpha=0.7)
+    dress_axes(axes, ink, line)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(line)
     return figure
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Look = TypeVar("Look")
@@ -21,3 +22,11 @@ def save_for_pages(script: str, draw: Callable[[Look], Figure], looks: Mapping[s
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         for page, look in looks.items():
             draw(look).savefig(folder / f"{name}_{page}.svg", transparent=True, metadata={"Date": None})
+
+
+def dress_axes(axes: Axes, ink: str, line: str) -> None:
+    """Give ticks, grid and edges the colours of a page, and leave out the edges that nothing is read from."""
+    axes.tick_params(colors=ink, which="both")
+    axes.grid(color=line, linewidth=0.6, alpha=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(line)
