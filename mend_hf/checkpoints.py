@@ -27,8 +27,8 @@ _DECISIVE_ARGUMENTS = (
     "train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "average_tokens_across_devices", "bf16",
     "fp16", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1",
     "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "nll_loss_weight", "kd_loss_weight",
-    "option_loss_weight", "kd_divergence", "kd_temperature", "kd_top_k", "hidden_loss_weight", "hidden_loss_layers",
-    "nonfinite_loss",
+    "option_loss_weight", "calibrate_options", "kd_divergence", "kd_temperature", "kd_top_k", "hidden_loss_weight",
+    "hidden_loss_layers", "nonfinite_loss",
 )  # fmt: skip
 _SETTINGS_THAT_DECIDE_NOTHING = frozenset(
     {"base_model_name_or_path", "base_model_revision", "mend_version", "training_stages"}

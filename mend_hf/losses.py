@@ -112,7 +112,12 @@ def nll_loss(logits: Tensor, labels: Tensor, *, num_items: Tensor | int | None =
 
 
 def option_loss(
-    logits: Tensor, labels: Tensor, query_rows: Tensor, *, num_items: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    query_rows: Tensor,
+    *,
+    task_rows: Tensor | None = None,
+    num_items: Tensor | int | None = None,
 ) -> Tensor:
     """Return the mean cross-entropy of choosing the target among each query's options, in nats a query.
 
@@ -122,8 +127,11 @@ def option_loss(
 
     Args:
         logits (B, T, W): `logits[:, t]` predicts `labels[:, t]`; one row an option.
-        labels (B, T): Token ids of the options; -100 elsewhere.
+        labels (B, T): Token ids of the options, all ending (or all starting) in the same column; -100 elsewhere.
         query_rows (B,): The query that an option belongs to, from 0. A query's first option is its target.
+        task_rows (B,): The demonstrations that an option is read behind. If given, scores are calibrated before they
+            are compared, as `scoring.option_priors` does it: an option loses the log of its mean likelihood over all
+            queries of the same demonstrations that have it. A query of which an option is no other's keeps its scores.
         num_items: What the sum is divided by; None: the number of queries with two options at least.
 
     Returns:
@@ -137,10 +145,22 @@ def option_loss(
     scores = -sums / counts.sum(1).clamp(min=1)  # [B]
     num_queries = int(query_rows.max()) + 1
     is_own = query_rows == torch.arange(num_queries, device=query_rows.device)[:, None]  # [queries, B]
+    if task_rows is not None:
+        scores = scores - _batch_priors(scores, labels, task_rows, is_own)
     among = scores.masked_fill(~is_own, -torch.inf).logsumexp(1)
     of_target = scores[is_own.long().argmax(1)]
     is_choice = is_own.sum(1) > 1
     return (among - of_target)[is_choice].sum() / _count(is_choice, num_items)
+
+
+def _batch_priors(scores: Tensor, labels: Tensor, task_rows: Tensor, is_own: Tensor) -> Tensor:
+    """Return what every option (B,) gets whatever is asked; 0 for those of queries that do not share all of them."""
+    texts, option_ids = torch.cat([task_rows[:, None], labels], dim=1).unique(dim=0, return_inverse=True)
+    is_same = option_ids == torch.arange(len(texts), device=labels.device)[:, None]  # [different options, B]
+    num_queries = is_same.sum(1)
+    log_means = scores.masked_fill(~is_same, -torch.inf).logsumexp(1) - num_queries.log()
+    has_shared = ~(is_own & (num_queries < 2)[option_ids]).any(1)  # [queries]
+    return log_means[option_ids] * (is_own & has_shared[:, None]).any(0)
 
 
 def hidden_loss(

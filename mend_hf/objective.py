@@ -69,6 +69,7 @@ class Objective:
                 outputs.logits[:, : option_labels.shape[1]],
                 option_labels,
                 joined["option_query_rows"],
+                task_rows=joined["query_task_rows"] if self.args.calibrate_options else None,
                 num_items=num_items.get("option_loss"),
             )
         if self.teacher is None or not isinstance(self.model, MendModel):

@@ -60,6 +60,13 @@ class MendTrainingArguments(TrainingArguments):
             "`losses.option_loss`; 0: the wrong options are not read."
         },
     )
+    calibrate_options: bool = field(
+        default=False,
+        metadata={
+            "help": "Take off, before options are compared in that loss, what each gets on average over a row's "
+            "queries (batch calibration): only what tells queries apart is trained then."
+        },
+    )
     kd_divergence: Divergence = field(
         default="forward_kl",
         metadata={"help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon, see `losses.kd_loss`."},
@@ -146,6 +153,11 @@ class MendTrainingArguments(TrainingArguments):
         ]
         if not any(getattr(self, name) for name in weights):
             problems.append(f"{', '.join(weights)}: expected at least one above 0, got 0 for all")
+        if self.calibrate_options and not self.option_loss_weight:
+            problems.append(
+                "calibrate_options: expected option_loss_weight above 0 beside it, because it changes that loss "
+                f"alone, got {self.option_loss_weight}"
+            )
         if self.kd_divergence not in get_args(Divergence):
             problems.append(f"kd_divergence: expected {' or '.join(get_args(Divergence))}, got {self.kd_divergence!r}")
         if self.nonfinite_loss not in ("stop", "skip"):

@@ -60,3 +60,9 @@ def test_options_are_chosen_as_by_reading_all_again_for_each(run) -> None:
     result = run("evaluation.py", "--num-queries", 6, "--num-demonstrations", 4, "--num-rounds", 1)
     assert list(result) == ["evaluation_speedup", "prediction_mismatches"]
     assert result["prediction_mismatches"] == 0
+
+
+def test_options_are_calibrated_by_no_input_and_by_up_to_eight(run) -> None:
+    result = run("own_options.py", "--task", "support_tickets", "--seeds", 13, "--num-queries", 5)
+    assert list(result) == [f"{by}_{count}" for by in ("mend", "anchors") for count in (0, 1, 2, 4, 8)]
+    assert all(value in {0, 20, 40, 60, 80, 100} for value in result.values())

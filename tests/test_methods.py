@@ -12,17 +12,15 @@ from tiny_models import wrap_tiny_model
 from tokenizers.processors import TemplateProcessing
 
 from mend_hf import Demonstration, MendConfig, get_mend_model, scoring
+from mend_hf.data.metaicl import Example
 from mend_hf.errors import ConfigError
-from mend_hf.evaluation.calibration import (
-    CONTENT_FREE_INPUTS,
-    MAX_INPUTS,
-    MAX_INPUTS_FOR_OWN_OPTIONS,
-    CalibratedReader,
-)
+from mend_hf.evaluation.asking import Questions, run_method
+from mend_hf.evaluation.calibration import CONTENT_FREE_INPUTS, MAX_INPUTS, CalibratedReader
 from mend_hf.evaluation.comparison import distil_with, read_with, share_weights
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.methods import METHODS, pick_methods
 from mend_hf.evaluation.readers import Reader
+from mend_hf.evaluation.results import ResultKey
 
 OPTIONS = ("positive", "negative")
 QUERIES = ["moving and funny", "bad"]
@@ -86,11 +84,29 @@ def test_calibrated_scores_are_those_of_the_method_less_what_other_inputs_get(
     assert calibrated.generate(QUERIES, batch_size=2) == plain.generate(QUERIES, batch_size=2)
 
 
-def test_where_no_output_occurs_twice_fewer_inputs_calibrate(tiny_model, tokenizer):
+@pytest.mark.parametrize("method", ["zero-shot", "in-context", "MEND"])
+def test_batch_calibration_leaves_options_alone_that_are_no_labels(method, tiny_model, tokenizer):
     model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
-    apart = [Demonstration(shot.input, f"{shot.output} {index}") for index, shot in enumerate(SHOTS * 3)]
-    for shots, count in ((SHOTS * 3, MAX_INPUTS), (apart, MAX_INPUTS_FOR_OWN_OPTIONS)):
-        assert METHODS["MEND, batch-calibrated"](model, shots).inputs == [shot.input for shot in shots[:count]]
+    plain, calibrated = (METHODS[name](model, SHOTS) for name in (method, f"{method}, batch-calibrated"))
+    assert calibrated.for_labels(OPTIONS) is calibrated
+    options = [OPTIONS, ("very bad", "funny")]
+    expected = plain.score_options(QUERIES, options, batch_size=2)
+    assert calibrated.for_labels(None).score_options(QUERIES, options, batch_size=2) == expected
+    assert calibrated.score_options(QUERIES, options, batch_size=2) != expected
+
+
+def test_an_evaluation_calibrates_by_inputs_where_queries_share_their_options_alone(tiny_model, tokenizer):
+    model = wrap_tiny_model(tiny_model("llama"), tokenizer, num_virtual_tokens=3)
+    examples = [Example("t", shot.input, shot.output, (shot.output, "funny")) for shot in SHOTS]
+    key = ResultKey("t", "MEND, batch-calibrated", 13, 4)
+    flops = {}
+    for labels in (OPTIONS, None):
+        questions = Questions(queries=examples, metric="accuracy", other_metrics=(), is_free_form=False, labels=labels)
+        for name in ("MEND", "MEND, batch-calibrated"):
+            result = run_method(model, METHODS[name], SHOTS, questions, key, batch_size=2)
+            flops[name, labels] = result.flops_per_query
+    assert flops["MEND, batch-calibrated", None] == flops["MEND", None]
+    assert flops["MEND, batch-calibrated", OPTIONS] > 1.5 * flops["MEND", OPTIONS]
 
 
 @pytest.fixture

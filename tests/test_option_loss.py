@@ -16,7 +16,7 @@ from mend_hf.data.few_shot import FewShotDataset
 from mend_hf.data.metaicl import Example
 from mend_hf.errors import ConfigError, DataError
 from mend_hf.losses import option_loss
-from mend_hf.scoring import score_options
+from mend_hf.scoring import option_priors, score_options
 
 SHOTS = [{"input": "great film", "output": "positive"}, {"input": "a bore", "output": "negative"}]
 LABELS = ["positive", "very negative", "so funny a film"]  # of one, two and four words
@@ -30,6 +30,12 @@ ROWS = [
     },
     {"demonstrations": SHOTS, "query": "the town", "target": "good", "options": []},
 ]
+THREE_QUERIES = {
+    "demonstrations": SHOTS,
+    "query": ["bad", "a very very funny film", "the town"],
+    "target": [LABELS[1], LABELS[0], LABELS[1]],
+    "options": [LABELS, LABELS[::-1], LABELS],
+}
 NINE_LABELS = [f"label {number}" for number in range(9)]
 ALONE = {"nll_loss_weight": 0.0, "kd_loss_weight": 0.0, "option_loss_weight": 1.0}
 
@@ -86,6 +92,39 @@ def test_it_is_the_cross_entropy_of_mean_log_likelihoods_worked_out_by_hand() ->
     assert option_loss(probabilities.log(), labels, queries, num_items=4).item() == pytest.approx(expected / 4)
 
 
+def test_calibrated_it_takes_off_what_an_option_gets_over_the_queries_of_its_demonstrations() -> None:
+    likelihoods = torch.tensor([0.6, 0.3, 0.9, 0.2, 0.5, 0.7, 0.1, 0.4], dtype=torch.float64)
+    labels = torch.tensor([[0], [1], [1], [0], [0], [1], [0], [1]])  # of every query its target first
+    queries = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    tasks = torch.tensor([0, 0, 0, 0, 0, 0, 7, 7])  # the last query is asked behind other demonstrations, and alone
+    logits = torch.stack([likelihoods, 1 - likelihoods], 1)
+    logits[labels[:, 0] == 1] = logits[labels[:, 0] == 1].flip(1)
+    zero, one = (0.6 + 0.2 + 0.5) / 3, (0.3 + 0.9 + 0.7) / 3
+    right, wrong = [0.6 / zero, 0.9 / one, 0.5 / zero, 0.1], [0.3 / one, 0.2 / zero, 0.7 / one, 0.4]
+    expected = -sum(math.log(good / (good + bad)) for good, bad in zip(right, wrong, strict=True)) / 4
+    got = option_loss(logits.log()[:, None], labels, queries, task_rows=tasks)
+    assert got.item() == pytest.approx(expected)
+
+
+def test_calibrated_queries_with_an_option_of_their_own_keep_their_scores() -> None:
+    logits = torch.randn(5, 1, 4, generator=torch.Generator().manual_seed(0))
+    labels, queries = torch.tensor([[0], [1], [2], [1], [3]]), torch.tensor([0, 0, 1, 1, 1])
+    as_they_are = option_loss(logits, labels, queries)
+    assert option_loss(logits, labels, queries, task_rows=torch.zeros(5, dtype=torch.long)) == as_they_are
+
+
+def test_calibrated_a_preference_for_an_option_costs_nothing() -> None:
+    logits = torch.randn(6, 1, 2, generator=torch.Generator().manual_seed(0))
+    labels, queries = torch.tensor([[0], [1], [1], [0], [1], [0]]), torch.tensor([0, 0, 1, 1, 2, 2])
+    tasks = torch.zeros(6, dtype=torch.long)
+    scores = logits.log_softmax(-1) - torch.tensor([3.0, 0.0])  # option 0 is that much less likely, whatever is asked
+    rest = scores.exp().sum(-1, keepdim=True)
+    wider = torch.cat([scores, (1 - rest).log()], dim=-1)
+    before, after = (option_loss(each, labels, queries, task_rows=tasks) for each in (logits, wider))
+    assert after.item() == pytest.approx(before.item(), rel=1e-5)
+    assert option_loss(wider, labels, queries).item() != pytest.approx(before.item(), rel=0.1)
+
+
 def test_without_two_options_of_one_query_it_is_zero() -> None:
     logits = torch.randn(2, 1, 3, requires_grad=True)
     loss = option_loss(logits, torch.tensor([[0], [1]]), torch.tensor([0, 1]))
@@ -118,6 +157,45 @@ def test_it_lowers_the_scores_that_the_evaluation_compares(
         "nll_loss": pytest.approx(losses_of(trainer, batch)["nll_loss"]),
         "option_loss": pytest.approx(sum(expected) / 3, rel=1e-4),
     }
+
+
+def test_calibrated_it_lowers_what_calibrated_evaluation_compares(
+    tiny_model: TinyModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
+) -> None:
+    model = make_model(tiny_model("llama"), tokenizer)
+    queries, targets = THREE_QUERIES["query"], THREE_QUERIES["target"]
+    rows = [THREE_QUERIES, {**THREE_QUERIES, "demonstrations": SHOTS[:1]}]
+    expected = []
+    for row in rows:
+        prefix = model.distill(row["demonstrations"]).prefix
+        priors = option_priors(model, queries, LABELS, prefix)
+        for scores, target in zip(score_options(model, queries, [LABELS] * 3, prefix), targets, strict=True):
+            calibrated = {label: score - priors[label] for label, score in zip(LABELS, scores, strict=True)}
+            expected.append(math.log(sum(map(math.exp, calibrated.values()))) - calibrated[target])
+    trainer = MendTrainer(model=model, args=arguments(**ALONE, calibrate_options=True), train_dataset=rows)
+    batch = collate(model, rows, with_options=True, with_teacher=False)
+    assert losses_of(trainer, batch)["option_loss"] == pytest.approx(sum(expected) / 6, rel=1e-4)
+
+
+def test_calibrated_an_encoder_decoders_options_are_known_again_whatever_the_padding(
+    tiny_encoder_decoder: TinyModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
+) -> None:
+    model = make_model(tiny_encoder_decoder("t5"), tokenizer, task_type="SEQ_2_SEQ_LM")
+    likelihoods = []
+    for query in THREE_QUERIES["query"]:
+        alone = [
+            collate(model, [{**ROWS[0], "query": query, "target": label}], with_teacher=False) for label in LABELS
+        ]
+        with torch.no_grad():
+            likelihoods.append([math.exp(-model(**batch).loss.item()) for batch in alone])
+    means = [sum(column) / 3 for column in zip(*likelihoods, strict=True)]
+    expected = 0.0
+    for row, target in zip(likelihoods, THREE_QUERIES["target"], strict=True):
+        shares = [likelihood / mean for likelihood, mean in zip(row, means, strict=True)]
+        expected -= math.log(shares[LABELS.index(target)] / sum(shares)) / 3
+    trainer = MendTrainer(model=model, args=arguments(**ALONE, calibrate_options=True), train_dataset=ROWS)
+    batch = collate(model, [THREE_QUERIES], with_options=True, with_teacher=False)
+    assert losses_of(trainer, batch)["option_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_encoder_decoders_options_are_scored_with_their_end(
@@ -170,6 +248,7 @@ def test_wrong_options_leave_the_other_losses_as_they_are(
         {"max_tokens_per_pass": 1},
         {"max_tokens_per_pass": 120},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_tokens_per_pass": 0},
+        {"max_tokens_per_pass": 1, "calibrate_options": True},
     ],
 )
 def test_parts_of_a_batch_add_up_to_it(
@@ -182,7 +261,8 @@ def test_parts_of_a_batch_add_up_to_it(
 ) -> None:
     results = []
     is_t5 = family == "t5"
-    for changes in ({"max_tokens_per_pass": 0}, settings):
+    calibrated = {"calibrate_options": settings.get("calibrate_options", False)}
+    for changes in ({"max_tokens_per_pass": 0} | calibrated, settings):
         base = tiny_encoder_decoder(family) if is_t5 else tiny_model(family)
         model = make_model(base, tokenizer, task_type="SEQ_2_SEQ_LM" if is_t5 else "CAUSAL_LM")
         args = arguments(optim="sgd", max_grad_norm=0.0, option_loss_weight=2.0, **changes)
@@ -276,6 +356,8 @@ def test_rows_without_options_and_batches_without_their_columns_are_refused_with
         trainer.compute_loss(model, collate(model))
     with pytest.raises(ConfigError, match="option_loss_weight: expected 0 or more, got -1"):
         arguments(option_loss_weight=-1.0)
+    with pytest.raises(ConfigError, match="calibrate_options: expected option_loss_weight above 0 beside it"):
+        arguments(calibrate_options=True)
 
 
 class TestMaxOptions:

@@ -68,7 +68,7 @@ def run_method(
     with in_format_of(key.variation, own):
         with count_flops(own) as preparing:
             start = _measure_time(own)
-            reader = method(model, demonstrations)
+            reader = method(model, demonstrations).for_labels(questions.labels)
             prepared = _measure_time(own)
         with count_flops(own) as asking:
             for rows in _make_batches(own, questions, key.scoring, batch_size):

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mend_hf.artifact import DistilledDemonstrations
 from mend_hf.evaluation.readers import Demonstrations, Reader
 from mend_hf.model import MendModel
+from mend_hf.prefix import Prefix
 from mend_hf.scoring import option_priors
 
 # Inputs that say nothing (Zhao et al., 2021, section 5).
 CONTENT_FREE_INPUTS = ("N/A", "", "[MASK]")
-# Demonstrations whose inputs are asked. Where no two demonstrations have the same output, queries have options of
-# their own, and each input more costs as much as all the scoring.
-MAX_INPUTS, MAX_INPUTS_FOR_OWN_OPTIONS = 8, 4
+MAX_INPUTS = 8  # demonstrations whose inputs are asked
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,17 @@ class CalibratedReader(Reader):
         inputs: Without content, it is contextual calibration (Zhao et al., "Calibrate Before Use", ICML 2021, arXiv
             2102.09690); inputs of the task, here the demonstrations' own, make it batch calibration (Zhou et al.,
             ICLR 2024, arXiv 2309.17249), which needs no query.
+        are_of_task: Whether the inputs are the task's own. They then calibrate labels alone: an option that a single
+            query has is no answer to them, and what it gets there says little, at the cost of several queries.
     """
 
     inputs: Sequence[str] = CONTENT_FREE_INPUTS
+    are_of_task: bool = False
     _priors: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+
+    def for_labels(self, labels: Sequence[str] | None) -> Reader:
+        """Return itself, or, where it can calibrate labels alone and there are none, a reader that does not."""
+        return Reader(self.model, self.prefix) if labels is None and self.are_of_task else self
 
     def score_options(
         self, queries: Sequence[str], options: Sequence[Sequence[str]], *, batch_size: int
@@ -49,35 +54,31 @@ class CalibratedReader(Reader):
 
 
 def zero_shot_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """Nothing in front of the query; of the demonstrations only their inputs, which calibrate the options."""
-    return CalibratedReader(model, None, _inputs_of(demonstrations))
+    """Nothing in front of the query; of the demonstrations only their inputs, which calibrate labels."""
+    return _calibrate_labels(model, None, demonstrations)
 
 
 def in_context_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """Vanilla ICL with contextual calibration."""
-    return _calibrate(model, model.read(list(demonstrations)), CONTENT_FREE_INPUTS)
+    return CalibratedReader(model, model.route.prepare(model.read(list(demonstrations)).prefix))
 
 
 def in_context_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """Vanilla ICL, calibrated by the demonstrations' inputs."""
-    return _calibrate(model, model.read(list(demonstrations)), _inputs_of(demonstrations))
+    """Vanilla ICL, labels calibrated by the demonstrations' inputs."""
+    return _calibrate_labels(model, model.read(list(demonstrations)).prefix, demonstrations)
 
 
 def mend_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
     """The model's distiller, with contextual calibration."""
-    return _calibrate(model, model.distill(list(demonstrations)), CONTENT_FREE_INPUTS)
+    return CalibratedReader(model, model.route.prepare(model.distill(list(demonstrations)).prefix))
 
 
 def mend_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """The model's distiller, calibrated by the demonstrations' inputs."""
-    return _calibrate(model, model.distill(list(demonstrations)), _inputs_of(demonstrations))
+    """The model's distiller, labels calibrated by the demonstrations' inputs."""
+    return _calibrate_labels(model, model.distill(list(demonstrations)).prefix, demonstrations)
 
 
-def _calibrate(model: MendModel, read: DistilledDemonstrations, inputs: Sequence[str]) -> Reader:
-    return CalibratedReader(model, model.route.prepare(read.prefix), inputs)
-
-
-def _inputs_of(demonstrations: Demonstrations) -> list[str]:
-    outputs = [demonstration.output for demonstration in demonstrations]
-    has_classes = len({*outputs}) < len(outputs)
-    return [shot.input for shot in demonstrations[: MAX_INPUTS if has_classes else MAX_INPUTS_FOR_OWN_OPTIONS]]
+def _calibrate_labels(model: MendModel, prefix: Prefix | None, demonstrations: Demonstrations) -> Reader:
+    prepared = None if prefix is None else model.route.prepare(prefix)
+    inputs = [demonstration.input for demonstration in demonstrations[:MAX_INPUTS]]
+    return CalibratedReader(model, prepared, inputs, are_of_task=True)

@@ -36,6 +36,10 @@ class Reader:
         """What is kept for the task between queries, in bytes."""
         return self.prefix.num_bytes if self.prefix else 0
 
+    def for_labels(self, labels: Sequence[str] | None) -> Reader:
+        """Return what reads the queries of a task that all have these options; None: each query has its own."""
+        return self
+
     def score_options(
         self, queries: Sequence[str], options: Sequence[Sequence[str]], *, batch_size: int
     ) -> list[list[float]]:
