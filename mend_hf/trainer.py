@@ -79,7 +79,7 @@ class MendTrainer(PushingTrainer):
                 'yet, got "group_by_length": leave it out, or use max_tokens_per_pass.'
             )
         if data_collator is None:
-            data_collator = _make_collator(model, args, kwargs.get("processing_class"))
+            data_collator = make_collator(model, args, kwargs.get("processing_class"))
         self._earlier_stages = (model.mend_config.training_stages or []) if isinstance(model, MendModel) else []
         self._objective = Objective(model, args)
         self._num_items: dict[str, Tensor] = {}  # of the step at hand, by loss
@@ -360,16 +360,30 @@ def _check_model(model: Any, args: MendTrainingArguments) -> None:
         )
 
 
-def _make_collator(model: MendModel | PreTrainedModel, args: MendTrainingArguments, tokenizer: Any) -> MendCollator:
+def make_collator(
+    model: MendModel | PreTrainedModel, args: MendTrainingArguments, tokenizer: Any = None, **changes: Any
+) -> MendCollator:
+    """Return the collator that gives what the arguments' losses need.
+
+    Args:
+        model: What is trained.
+        args: The losses.
+        tokenizer: That of a bare language model; a `MendModel` has its own.
+        **changes: Fields of the config that are other ones for training rows, such as `max_demonstration_tokens`.
+
+    Raises:
+        ConfigError: A bare language model has no tokenizer with it.
+    """
     what = {
         "with_teacher": args.needs_teacher or not isinstance(model, MendModel),
         "with_options": args.option_loss_weight > 0,
     }
     if isinstance(model, MendModel):
-        return MendCollator(model.prompt.tokenizer, model.mend_config, model.distiller_tokenizer, **what)
+        config = dataclasses.replace(model.mend_config, **changes)
+        return MendCollator(model.prompt.tokenizer, config, model.distiller_tokenizer, **what)
     if tokenizer is None:
         raise ConfigError(
             "Expected processing_class, the tokenizer, or a data_collator beside a bare language model, got neither: "
             "give one."
         )
-    return MendCollator(tokenizer, MendConfig(task_type=check_base_model(model)), **what)
+    return MendCollator(tokenizer, MendConfig(task_type=check_base_model(model), **changes), **what)

@@ -30,11 +30,12 @@ declare -A changed=(
   [baseline]="" [no-teacher]="--kd-loss-weight 0" [teacher-alone]="--nll-loss-weight 0"
   [reverse-kl]="--arg kd_divergence=reverse_kl" [jensen-shannon]="--arg kd_divergence=jensen_shannon"
   [hidden-loss]="--arg hidden_loss_weight=1" [options]="--option-loss-weight 1"
+  [calibrated-options]="--option-loss-weight 1 --arg calibrate_options=true"
   [symbol-labels]="--symbol-labels 0.15" [balanced-queries]="--balance-queries"
   [1-query]="--queries-per-demonstrations 1" [8-queries]="--queries-per-demonstrations 8"
 )
 order=(baseline without-stage-1 no-teacher teacher-alone embeds no-anchors no-placeholders 32-placeholders hidden-loss
-  reverse-kl jensen-shannon symbol-labels balanced-queries options 1-query 8-queries rank-4 rank-64)
+  reverse-kl jensen-shannon symbol-labels balanced-queries options calibrated-options 1-query 8-queries rank-4 rank-64)
 if (($#)); then order=("$@"); fi
 
 read_validation='import json, sys; print(*json.load(open(sys.argv[1]))["validation"])'

@@ -140,31 +140,6 @@ def load_for_training(
     return get_mend_model(base, config, tokenizer), tokenizer
 
 
-def make_collator(
-    model: MendModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: MendTrainingArguments,
-    max_demonstration_tokens: int | None = None,
-) -> MendCollator:
-    """Return the model's collator, with another cap on the demonstrations of training rows."""
-    from mend_hf.architectures import check_base_model
-    from mend_hf.data.collator import MendCollator
-    from mend_hf.model import MendModel
-
-    changes: dict[str, Any] = (
-        {} if max_demonstration_tokens is None else {"max_demonstration_tokens": max_demonstration_tokens}
-    )
-    has_options = args.option_loss_weight > 0
-    if not isinstance(model, MendModel):
-        return MendCollator(
-            tokenizer, MendConfig(task_type=check_base_model(model), **changes), with_options=has_options
-        )
-    config = dataclasses.replace(model.mend_config, **changes)
-    return MendCollator(
-        tokenizer, config, model.distiller_tokenizer, with_teacher=args.needs_teacher, with_options=has_options
-    )
-
-
 def train(
     model: MendModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from mend_hf.cli.options import BaseModel, Device, Distiller, Dtype, OutputFolder
-from mend_hf.cli.run import load_for_training, make_arguments, make_collator, make_config, train
+from mend_hf.cli.run import load_for_training, make_arguments, make_config, train
 from mend_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def pretrain(
     from mend_hf.data.documents import TextStream
     from mend_hf.data.streaming import StreamingTextDataset
     from mend_hf.data.text import TextDataset, load_texts
+    from mend_hf.trainer import make_collator
 
     config = make_config(distiller, base_model, num_virtual_tokens, prefix_form, settings)
     args = make_arguments(
@@ -149,7 +150,7 @@ def pretrain(
         rows = TextDataset(texts, num_rows=num_rows, seed=seed, **shape)
         known = rows.texts
     probe = TextDataset(known, num_rows=probe_rows, seed=seed + 2, **shape) if probe_rows else None
-    collator = make_collator(model, tokenizer, args)
+    collator = make_collator(model, args, tokenizer)
     train(model, tokenizer, args, rows, None, collator, probe_rows=probe, recipe=recipe, resume=resume)
 
 
@@ -231,6 +232,7 @@ def finetune(
     `mend finetune --distiller stage1 --tasks my-tasks --output-dir stage2`
     """
     from mend_hf.data.few_shot import FewShotDataset
+    from mend_hf.trainer import make_collator
 
     has_evaluation = bool(num_eval_tasks or eval_tasks)
     if load_best_model_at_end and not has_evaluation:
@@ -281,7 +283,8 @@ def finetune(
     if probe_rows:
         probe = FewShotDataset(eval_examples or train_examples, num_rows=probe_rows, seed=seed + 2, **shape)
     model, tokenizer = load_for_training(config, distiller, base_model, base_model_id, device, dtype, seed, recipe)
-    collator = make_collator(model, tokenizer, args, max_demonstration_tokens)
+    cap = {} if max_demonstration_tokens is None else {"max_demonstration_tokens": max_demonstration_tokens}
+    collator = make_collator(model, args, tokenizer, **cap)
     for choice in rows.prompt_formats:  # one that the tokenizer cannot write is refused now, and not in some step
         collator([rows[0] | {"prompt_format": choice}])
     train(model, tokenizer, args, rows, eval_rows, collator, probe_rows=probe, recipe=recipe, resume=resume)
