@@ -12,7 +12,6 @@ The last line is `RESULT mend_0=... mend_1=...`: accuracies in points of 100, me
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import statistics
 import sys
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from mend_hf import Demonstration, MendConfig, MendModel, get_mend_model
 from mend_hf.data.metaicl import Example, load_tasks, sample_demonstrations
+from mend_hf.evaluation.calibration import CalibratedReader
 from mend_hf.evaluation.methods import METHODS
 from mend_hf.evaluation.readers import Reader
 from mend_hf.evaluation.report import to_table
@@ -50,24 +50,23 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args)
     train, test = (load_tasks(args.tasks, split=split, tasks=args.task) for split in ("train", "test"))
-    rows = [["method", "task", *map(str, NUM_INPUTS)]]
+    # As many of them, and the same ones, as `mend evaluate` asks.
+    queries = {task: random.Random(task).sample(rows, len(rows))[: args.num_queries] for task, rows in test.items()}
+    table = [["method", "task", *map(str, NUM_INPUTS)]]
     means = {}
     for method, short in READ_BY.items():
         columns = []
-        for task, examples in test.items():
-            queries = random.Random(task).sample(examples, len(examples))[
-                : args.num_queries
-            ]  # as `mend evaluate` does
+        for task, asked in queries.items():
             runs = []
             for seed in map(int, args.seeds.split(",")):
-                drawn = sample_demonstrations(train[task], args.num_demonstrations, seed)
-                shots = [Demonstration(example.input, example.output) for example in drawn]
-                runs.append(measure(METHODS[method](model, shots), shots, queries))
+                examples = sample_demonstrations(train[task], args.num_demonstrations, seed)
+                shots = [Demonstration(example.input, example.output) for example in examples]
+                runs.append(measure(METHODS[method](model, shots), shots, asked))
             columns.append([statistics.fmean(values) for values in zip(*runs, strict=True)])
-            rows.append([method, task, *(f"{value:.1f}" for value in columns[-1])])
+            table.append([method, task, *(f"{value:.1f}" for value in columns[-1])])
         means[short] = [statistics.fmean(values) for values in zip(*columns, strict=True)]
-        rows.append([method, "all", *(f"{value:.1f}" for value in means[short])])
-    Console().print(to_table(rows, title="Accuracy by the number of inputs that options are calibrated by"))
+        table.append([method, "all", *(f"{value:.1f}" for value in means[short])])
+    Console().print(to_table(table, title="Accuracy by the number of inputs that options are calibrated by"))
     result = [
         f"{short}_{count}={value:.1f}"
         for short in means
@@ -87,22 +86,17 @@ def load_model(args: argparse.Namespace) -> MendModel:
 
 def measure(reader: Reader, shots: list[Demonstration], queries: list[Example]) -> list[float]:
     """Return the accuracy (0 to 100) of options calibrated by each number of the demonstrations' inputs."""
-    inputs = [shot.input for shot in shots[: max(NUM_INPUTS)]]
-    right = [0] * len(NUM_INPUTS)
-    for query in queries:
-        own, *elsewhere = reader.score_options(
-            [query.input, *inputs], [query.options] * (1 + len(inputs)), batch_size=8
+    accuracies = []
+    for count in NUM_INPUTS:
+        inputs = [shot.input for shot in shots[:count]]
+        calibrated = CalibratedReader(reader.model, reader.prefix, inputs) if inputs else reader
+        scores = calibrated.score_options(
+            [query.input for query in queries], [query.options for query in queries], batch_size=8
         )
-        for place, count in enumerate(NUM_INPUTS):
-            priors = [log_of_mean(scores[:count]) for scores in zip(*elsewhere, strict=True)]
-            calibrated = [score - prior for score, prior in zip(own, priors, strict=True)]
-            right[place] += query.options[calibrated.index(max(calibrated))] == query.output
-    return [100 * count / len(queries) for count in right]
-
-
-def log_of_mean(scores: tuple[float, ...]) -> float:
-    """Return the log of the mean likelihood; 0, which takes nothing off, of none."""
-    return math.log(statistics.fmean(map(math.exp, scores))) if scores else 0.0
+        chosen = [query.options[row.index(max(row))] for query, row in zip(queries, scores, strict=True)]
+        right = [answer == query.output for answer, query in zip(chosen, queries, strict=True)]
+        accuracies.append(100 * statistics.fmean(right))
+    return accuracies
 
 
 if __name__ == "__main__":
