@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mend_hf.evaluation.readers import Demonstrations, Reader
+from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.model import MendModel
-from mend_hf.prefix import Prefix
 from mend_hf.scoring import option_priors
 
 # Inputs that say nothing (Zhao et al., 2021, section 5).
@@ -53,32 +52,22 @@ class CalibratedReader(Reader):
         ]
 
 
-def zero_shot_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """Nothing in front of the query; of the demonstrations only their inputs, which calibrate labels."""
-    return _calibrate_labels(model, None, demonstrations)
+def calibrate_contextually(method: Method) -> Method:
+    """Return a method that puts the same in front of the query and calibrates options by inputs without content."""
+
+    def calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
+        reader = method(model, demonstrations)
+        return CalibratedReader(reader.model, reader.prefix)
+
+    return calibrated
 
 
-def in_context_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """Vanilla ICL with contextual calibration."""
-    return CalibratedReader(model, model.route.prepare(model.read(list(demonstrations)).prefix))
+def calibrate_by_inputs(method: Method) -> Method:
+    """Return a method that puts the same in front of the query and calibrates labels by the demonstrations' inputs."""
 
+    def calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
+        reader = method(model, demonstrations)
+        inputs = [demonstration.input for demonstration in demonstrations[:MAX_INPUTS]]
+        return CalibratedReader(reader.model, reader.prefix, inputs, are_of_task=True)
 
-def in_context_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """Vanilla ICL, labels calibrated by the demonstrations' inputs."""
-    return _calibrate_labels(model, model.read(list(demonstrations)).prefix, demonstrations)
-
-
-def mend_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """The model's distiller, with contextual calibration."""
-    return CalibratedReader(model, model.route.prepare(model.distill(list(demonstrations)).prefix))
-
-
-def mend_batch_calibrated(model: MendModel, demonstrations: Demonstrations) -> Reader:
-    """The model's distiller, labels calibrated by the demonstrations' inputs."""
-    return _calibrate_labels(model, model.distill(list(demonstrations)).prefix, demonstrations)
-
-
-def _calibrate_labels(model: MendModel, prefix: Prefix | None, demonstrations: Demonstrations) -> Reader:
-    prepared = None if prefix is None else model.route.prepare(prefix)
-    inputs = [demonstration.input for demonstration in demonstrations[:MAX_INPUTS]]
-    return CalibratedReader(model, prepared, inputs, are_of_task=True)
+    return calibrated

@@ -9,13 +9,7 @@ import torch
 
 from mend_hf.demonstration_batch import DemonstrationBatch
 from mend_hf.errors import ConfigError
-from mend_hf.evaluation.calibration import (
-    in_context_batch_calibrated,
-    in_context_calibrated,
-    mend_batch_calibrated,
-    mend_calibrated,
-    zero_shot_batch_calibrated,
-)
+from mend_hf.evaluation.calibration import calibrate_by_inputs, calibrate_contextually
 from mend_hf.evaluation.hybrids import mend_with_raw
 from mend_hf.evaluation.readers import Demonstrations, Method, Reader
 from mend_hf.evaluation.tuned import prefix_tuning, prompt_tuning
@@ -115,18 +109,18 @@ def _draw_like(states: torch.Tensor, generator: torch.Generator, first: int) -> 
 
 METHODS: dict[str, Method] = {
     "zero-shot": zero_shot,
-    "zero-shot, batch-calibrated": zero_shot_batch_calibrated,
+    "zero-shot, batch-calibrated": calibrate_by_inputs(zero_shot),
     "in-context": in_context,
     "in-context, cut": in_context_cut,
-    "in-context, calibrated": in_context_calibrated,
-    "in-context, batch-calibrated": in_context_batch_calibrated,
+    "in-context, calibrated": calibrate_contextually(in_context),
+    "in-context, batch-calibrated": calibrate_by_inputs(in_context),
     "training-free anchors": training_free_anchors,
     "random prefix": random_prefix,
     "prompt tuning": prompt_tuning,
     "prefix tuning": prefix_tuning,
     "MEND": mend,
-    "MEND, calibrated": mend_calibrated,
-    "MEND, batch-calibrated": mend_batch_calibrated,
+    "MEND, calibrated": calibrate_contextually(mend),
+    "MEND, batch-calibrated": calibrate_by_inputs(mend),
     "MEND + 2 raw": mend_with_raw(2),
 }
 
